@@ -1,0 +1,96 @@
+"""`wardround`: one console command; its groups are found by entry point and imported only when used.
+
+Anyone may add a group by declaring an entry point in `wardround.commands`. Listing the groups (`wardround --help`)
+imports none of them: their one-line help lives here for ours and is the entry point's name for others, because
+importing torch for a help page would cost seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import EntryPoint, entry_points, version
+
+import click
+
+from .errors import WardroundError
+
+ENTRY_POINT_GROUP = "wardround.commands"
+_SHORT_HELP = {
+    "client": "One hospital: check a registry, see its questions, take part in a run.",
+    "evaluate": "Score a model folder on a registry's held-out patients.",
+    "server": "The coordinator: public warm-up, rounds, final model, report.",
+    "simulate": "Hospitals and coordinator on this one machine.",
+}
+
+
+class LazyGroup(click.Group):
+    """A click group whose subcommands are entry points, loaded on first use."""
+
+    def _found(self) -> dict[str, EntryPoint]:
+        return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(self._found())
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        point = self._found().get(cmd_name)
+        if point is None:
+            return None
+        command: click.Command = point.load()
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _SHORT_HELP.get(name, "")) for name in self.list_commands(ctx)])
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Example: wardround simulate run demo --out runs/demo",
+)
+@click.version_option(version("wardround"), prog_name="wardround")
+def wardround() -> None:
+    """Hospitals train one clinical-reasoning language model together; patient records never leave them."""
+
+
+def quiet_third_parties() -> None:
+    """Offline, no telemetry, and no third-party chatter unless something is wrong.
+
+    Set before any heavy import: the libraries read these once. Every trl trainer otherwise contacts the model hub.
+    """
+    for name, value in {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }.items():
+        os.environ.setdefault(name, value)
+    for name in ("flwr", "transformers", "accelerate", "datasets", "peft", "trl", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Console entry point. Exit codes: 0 done, 1 failure, 2 a user's mistake, 130 interrupted."""
+    quiet_third_parties()
+    try:
+        wardround.main(args=args, prog_name="wardround", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        click.echo("interrupted; nothing half-written. The same command with --resume continues a run.", err=True)
+        sys.exit(130)
+    except WardroundError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)

@@ -1,0 +1,314 @@
+"""Run, site and model configuration: frozen pydantic models read from TOML; unknown keys are refused.
+
+Every default is a setting that was run (docs/results.md). Privacy numbers that must be chosen have no default.
+Mechanism settings (what is computed) and speed settings (`Speed`) are separate types, so nobody tunes one by the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Frozen(BaseModel):
+    """Base of every configuration model: immutable, unknown keys refused, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(Frozen):
+    """The base model."""
+
+    id: str = "smollm2-135m"  # a packaged name, a local folder, or a Hugging Face id in the local cache
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    prompt: str = "en"  # name in configs/prompts or a path to a TOML
+
+
+class LoraConfig(Frozen):
+    """What is trained. `ffa`: A frozen after round 0, B trained (Sun et al. 2024, arXiv 2403.12313)."""
+
+    strategy: Literal["ffa", "fedit", "full"] = "ffa"
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    targets: str | tuple[str, ...] = "all-linear"
+
+
+class QuestionsConfig(Frozen):
+    """How questions are made from records (common/schema.py, client/questions.py)."""
+
+    n_options: Annotated[int, Field(ge=2, le=10)] = 5
+    features_per_record: Annotated[int, Field(ge=1)] = 16
+    outcome_share: Fraction = 0.25  # share of questions that ask an outcome; the rest mask a feature
+    mi_threshold: Annotated[float, Field(gt=0)] = 0.5
+    mi_normalisation: Literal["target-entropy", "none"] = "target-entropy"
+    option_spacing_sigma: Annotated[float, Field(gt=0)] = 2.0
+    mixture_components: Annotated[int, Field(ge=1, le=8)] = 3
+    reasoning_tokens: Annotated[int, Field(ge=0, le=16384)] = 0  # 0: answer-only
+
+
+class WarmupConfig(Frozen):
+    """Public warm-up on synthetic questions, once, at the coordinator; off for models that need none."""
+
+    enabled: bool = True
+    adapter: str | None = None  # a released adapter (name in configs/adapters or a path); None: train it
+    steps: Annotated[int, Field(ge=1)] = 160
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    features_per_record: Annotated[int, Field(ge=1)] = 6
+    reasoning_tokens: Annotated[int, Field(ge=0)] = 0
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class GrpoConfig(Frozen):
+    """One local GRPO round (client/grpo.py)."""
+
+    group_size: Annotated[int, Field(ge=2, le=64)] = 7
+    local_steps: Annotated[int, Field(ge=1)] = 4
+    patients_per_step: Annotated[float, Field(gt=0)] = 8.0  # expected: the Poisson rate is this over the declared patients
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    loss_type: Literal["dr_grpo", "grpo", "bnpo", "dapo"] = "dr_grpo"
+    scale_rewards: Literal["group", "none"] = "group"
+    beta: Annotated[float, Field(ge=0)] = 0.0
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    expectation: Literal["sampled", "exact"] = "sampled"  # exact: answer-only, the G → ∞ limit
+
+    @model_validator(mode="after")
+    def exact_has_no_reference_model(self) -> Self:
+        if self.expectation == "exact" and self.beta > 0:
+            raise ValueError("expectation = 'exact' has no KL term: set beta = 0")
+        return self
+
+
+class FederationConfig(Frozen):
+    """Rounds and how their mean update is applied."""
+
+    rounds: Annotated[int, Field(ge=1)] = 2
+    server_optimizer: Literal["fedavg", "fedadam"] = "fedavg"
+    server_learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    server_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    server_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    server_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    weighting: Literal["uniform", "patients"] = "uniform"
+    # With "bonawitz" a site sends masked integers only. "none" is refused by every site that is not simulated.
+    secure_aggregation: Literal["none"] = "none"
+    validation_questions_per_site: Annotated[int, Field(ge=0)] = 40  # 0: no validation gate
+    rollback_tolerance: Fraction = 0.02  # a round whose validation accuracy falls by more is rolled back
+    patience: Annotated[int, Field(ge=1)] = 5  # rounds without a new best before stopping early
+    min_sites: Annotated[int, Field(ge=1)] = 2
+    phase_timeout_s: Annotated[float, Field(gt=0)] = 86400.0
+
+
+class EvaluationConfig(Frozen):
+    """Held-out evaluation: base, warmed-up and final model on the same questions of test patients."""
+
+    questions_per_site: Annotated[int, Field(ge=1)] = 100
+    bootstrap_samples: Annotated[int, Field(ge=100)] = 10_000
+    samples: Annotated[int, Field(ge=0, le=50)] = 4  # questions shown with both models' answers (public registries only)
+    sample_tokens: Annotated[int, Field(ge=0)] = 48
+
+
+class SimulationConfig(Frozen):
+    """Only for `wardround simulate`: which registry, how it is divided into sites."""
+
+    registry: str = "support_icu"  # a built registry's name, or "synthetic", or a table's path
+    dictionary: str | None = None  # with a table's path
+    sites: Annotated[int, Field(ge=1, le=1024)] = 4
+    partition: Literal["even", "dirichlet", "column"] = "even"
+    partition_feature: str | None = None
+    dirichlet_alpha: Annotated[float, Field(gt=0)] = 0.5
+
+    @model_validator(mode="after")
+    def a_skewed_partition_names_its_feature(self) -> Self:
+        if self.partition != "even" and not self.partition_feature:
+            raise ValueError(f"partition = '{self.partition}' needs partition_feature")
+        return self
+
+
+class Speed(Frozen):
+    """Settings that change time and memory, never results."""
+
+    micro_batch: Annotated[int, Field(ge=1)] = 16
+    threads: Annotated[int, Field(ge=0)] = 0  # 0: as torch chooses
+
+
+class RunConfig(Frozen):
+    """Everything that decides a run's result, with its seed."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    questions: QuestionsConfig = QuestionsConfig()
+    warmup: WarmupConfig = WarmupConfig()
+    grpo: GrpoConfig = GrpoConfig()
+    federation: FederationConfig = FederationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    simulation: SimulationConfig = SimulationConfig()
+    speed: Speed = Speed()
+
+    @model_validator(mode="after")
+    def exact_expectation_is_answer_only(self) -> Self:
+        if self.grpo.expectation == "exact" and self.questions.reasoning_tokens > 0:
+            raise ValueError("grpo.expectation = 'exact' needs questions.reasoning_tokens = 0 (answer-only)")
+        return self
+
+    def to_json(self) -> str:
+        """Canonical JSON (sorted keys, no spaces): what travels and what the digest covers."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    def digest(self) -> str:
+        """SHA-256 hex of the canonical JSON without `speed`, which cannot change a result."""
+        kept = {key: value for key, value in self.model_dump(mode="json").items() if key != "speed"}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        return parse(cls, json.loads(text), "run config from the coordinator")
+
+
+class PolicyConfig(Frozen):
+    """A hospital's own limits, `[policy]` in site.toml; checked before any work, never loosened by a coordinator."""
+
+    simulated: bool = False  # only a simulated site of a public registry may send an unmasked update
+    max_rounds: Annotated[int, Field(ge=1)] = 1000
+    max_local_steps: Annotated[int, Field(ge=1)] = 10_000
+    max_upload_bytes: Annotated[int, Field(ge=1)] = 2**34
+    allowed_models: tuple[str, ...] = ()  # digests; empty: any
+    targets_never_asked: tuple[str, ...] = ()
+    share_samples: bool = False  # sample questions may enter the coordinator's report; public registries only
+
+
+class MappingConfig(Frozen):
+    """`[mapping]` in site.toml: this hospital's names, units and codes → the consortium's dictionary."""
+
+    columns: Mapping[str, str] = {}  # dictionary feature → local column
+    units: Mapping[str, str | float] = {}  # dictionary feature → local unit (converted) or a factor
+    levels: Mapping[str, Mapping[str, str]] = {}  # dictionary feature → {local code → dictionary level}
+
+
+class SiteConfig(Frozen):
+    """One hospital's `site.toml`. Relative paths are relative to the file."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+    table: str
+    dictionary: str
+    state: str = "state"  # folder for what must survive a restart; mode 0700
+    split_key: str | None = None  # hex; None: 32 random bytes made once in the state folder
+    policy: PolicyConfig = PolicyConfig()
+    mapping: MappingConfig = MappingConfig()
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def parse(kind: type[Model], data: Mapping[str, Any], source: str) -> Model:
+    """`data` as a `kind`, or one line that names the source, the key, what was expected and what came.
+
+    Raises:
+        ConfigError: unknown key, missing key, wrong type, out of range.
+    """
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {describe(error)}") from None
+
+
+def describe(error: ValidationError) -> str:
+    """The first problem of a pydantic error as one line, with how many more there are."""
+    first, more = error.errors()[0], len(error.errors()) - 1
+    where = ".".join(str(part) for part in first["loc"]) or "(whole file)"
+    if first["type"] == "extra_forbidden":
+        text = f"unknown key '{where}'; check its spelling and its section"
+    elif first["type"] == "missing":
+        text = f"missing key '{where}'"
+    else:
+        text = f"'{where}': {first['msg'].removeprefix('Value error, ')}, got {first['input']!r:.80}"
+    return text + (f" (and {more} more)" if more else "")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as a dict.
+
+    Raises:
+        ConfigError: no such file, not UTF-8, not TOML (with line and column).
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: expected a TOML file, got a folder") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected UTF-8 text, byte {error.start} is not") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def packaged(folder: str, name: str) -> Path:
+    """Path of a file shipped in `configs/`, whether or not it exists."""
+    return Path(str(files("wardround.configs").joinpath(folder, name)))
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`--set section.key=value` applied to raw TOML data; values are TOML, bare words are strings.
+
+    >>> apply_overrides({"grpo": {"group_size": 7}}, ["grpo.group_size=5", "name=trial"])
+    {'grpo': {'group_size': 5}, 'name': 'trial'}
+    """
+    result: dict[str, Any] = json.loads(json.dumps(data))
+    for item in overrides:
+        dotted, separator, text = item.partition("=")
+        if not separator or not dotted.strip():
+            raise ConfigError(f"--set: expected section.key=value, got '{item}'")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()
+        node = result
+        *parents, last = dotted.strip().split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"--set: '{dotted}': '{parent}' is a value, not a section")
+        node[last] = value
+    return result
+
+
+def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run config from a TOML file, or by name from those shipped (`demo`, `phi4`)."""
+    if not path.exists() and path.suffix == "" and packaged("", f"{path.name}.toml").exists():
+        path = packaged("", f"{path.name}.toml")
+    return parse(RunConfig, apply_overrides(read_toml(path), overrides), str(path))
+
+
+def load_site(path: Path) -> SiteConfig:
+    """A hospital's site.toml."""
+    return parse(SiteConfig, read_toml(path), str(path))
+
+
+def without_none(value: Any) -> Any:
+    """TOML has no null: drop keys whose value is None, at any depth."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}  # type: ignore[misc]
+    if isinstance(value, list):
+        return [without_none(item) for item in value]  # type: ignore[misc]
+    return value
+
+
+def to_toml(config: BaseModel) -> str:
+    """The whole resolved config as TOML, defaults included."""
+    return tomli_w.dumps(without_none(config.model_dump(mode="json")))

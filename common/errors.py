@@ -1,0 +1,78 @@
+"""The errors of wardround: one small tree.
+
+    WardroundError
+    ├── UserError                a person's mistake: one clear line, exit code 2
+    │   ├── ConfigError          run, site or coordinator configuration
+    │   ├── DictionaryError      data dictionary
+    │   ├── RegistryError        table: names file, row, column
+    │   ├── ModelError           base model or adapter that cannot be used
+    │   └── RunFolderError       run folder: another run's, changed config, no disk
+    ├── ProtocolError            a wire message that is not what the protocol says
+    ├── RefusedError             this site's policy says no
+    └── VerificationError        a digest, signature or round trip does not match
+
+What leaves a site in place of an exception is `code`, an enumerated word, never the text: texts may hold what a
+patient's row held, and Flower sends `str(exception)` to the coordinator.
+"""
+
+
+class WardroundError(Exception):
+    """Base of all; `code` is the only part that may leave a site."""
+
+    code = "failure"
+    exit_code = 1
+
+
+class UserError(WardroundError):
+    """A person's mistake. The message is one line: what was expected, what came, where, what to do."""
+
+    code = "user"
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A configuration key is unknown, missing or out of range."""
+
+    code = "config"
+
+
+class DictionaryError(UserError):
+    """The data dictionary is malformed or contradicts itself."""
+
+    code = "dictionary"
+
+
+class RegistryError(UserError):
+    """The table is missing, malformed, or does not fit its dictionary."""
+
+    code = "registry"
+
+
+class ModelError(UserError):
+    """A model or adapter is missing, has no chat template, or does not fit."""
+
+    code = "model"
+
+
+class RunFolderError(UserError):
+    """The run folder holds another run, a run whose config differs, or there is not enough disk."""
+
+    code = "run-folder"
+
+
+class ProtocolError(WardroundError):
+    """A wire message is malformed, of another protocol version, or out of turn."""
+
+    code = "protocol"
+
+
+class RefusedError(WardroundError):
+    """The site's own policy refuses the request; nothing was computed or sent."""
+
+    code = "refused"
+
+
+class VerificationError(WardroundError):
+    """A digest, signature or round trip does not match what was promised."""
+
+    code = "verification"
