@@ -1,0 +1,70 @@
+"""Configs: unknown keys refused, one clear line, overrides, and every TOML in the repository loads."""
+
+from pathlib import Path
+
+import pytest
+from wardround.common import config
+from wardround.common.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
+def test_every_shipped_config_loads(path: Path) -> None:
+    load = config.load_site if path.name.startswith("site") else config.load_run
+    assert load(path).name
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nam = 'x'\n", "unknown key 'nam'|missing key 'name'"),
+        ("name = 'x'\n[grpo]\ngroup_sizes = 7\n", "unknown key 'grpo.group_sizes'"),
+        ("name = 'x'\n[grpo]\ngroup_size = 1\n", r"'grpo.group_size': .*greater than or equal to 2, got 1"),
+        ("name = 'x'\n[lora]\nstrategy = 'magic'\n", r"'lora.strategy': .*'ffa'.*got 'magic'"),
+        ("name = 'x'\n[federation]\nrounds = 0\n", r"'federation.rounds': .*got 0"),
+        ("name = 'a/b'\n", "'name'"),
+        ("name = 'x'\n[grpo]\nlearning_rate = nan\n", "'grpo.learning_rate'"),
+        ("name = 'x'\n[grpo]\nexpectation = 'exact'\n[questions]\nreasoning_tokens = 9\n", "answer-only"),
+        ("name = 'x'\n[simulation]\npartition = 'dirichlet'\n", "needs partition_feature"),
+        ("name = \n", r"not valid TOML: .*line 1"),
+    ],
+)
+def test_a_bad_config_gives_one_line_that_names_the_key(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        config.load_run(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "run.toml") in str(caught.value)
+
+
+def test_a_missing_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.toml: no such file"):
+        config.load_run(tmp_path / "nowhere.toml")
+
+
+def test_overrides_are_typed_and_checked(tmp_path: Path) -> None:
+    path = write(tmp_path, "name = 'x'\n")
+    assert config.load_run(path, ["grpo.group_size=5", "lora.strategy=fedit"]).grpo.group_size == 5
+    with pytest.raises(ConfigError, match=r"unknown key 'grpo\.groups'"):
+        config.load_run(path, ["grpo.groups=5"])
+    with pytest.raises(ConfigError, match="expected section.key=value"):
+        config.load_run(path, ["grpo.group_size"])
+
+
+def test_the_resolved_config_reads_back_equal(tmp_path: Path) -> None:
+    first = config.load_run(write(tmp_path, "name = 'x'\n[warmup]\nadapter = 'smollm2-135m'\n"))
+    assert config.load_run(write(tmp_path, config.to_toml(first))) == first
+    assert config.RunConfig.from_json(first.to_json()) == first
+
+
+def test_the_digest_covers_results_but_not_speed(tmp_path: Path) -> None:
+    path = write(tmp_path, "name = 'x'\n")
+    plain = config.load_run(path).digest()
+    assert config.load_run(path, ["speed.micro_batch=1"]).digest() == plain
+    assert config.load_run(path, ["seed=1"]).digest() != plain
