@@ -13,10 +13,10 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench clean
+.PHONY: help install demo test test-slow check bench clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
 install: $(READY)  ## make .venv with everything pinned
 
@@ -42,6 +42,9 @@ demo: $(READY)  ## the main job: 4 hospitals, real ICU patients, a real model (O
 
 test: $(READY)  ## the tests, without those marked slow
 	$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## the tests marked slow
+	$(BIN)/python -m pytest -m slow
 
 check: $(READY)  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .
