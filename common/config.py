@@ -10,7 +10,6 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -260,7 +259,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def packaged(folder: str, name: str) -> Path:
     """Path of a file shipped in `configs/`, whether or not it exists."""
-    return Path(str(files("wardround.configs").joinpath(folder, name)))
+    # configs/ is a sibling of common/, installed or not; importlib.resources cannot see it in an editable install.
+    return Path(__file__).resolve().parent.parent / "configs" / folder / name
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

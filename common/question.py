@@ -143,8 +143,8 @@ def parse_answer(text: str, n_options: int) -> int | None:
     r"""The option that a completion chose: the last `\boxed{…}` counts, whatever boxes came before it.
 
     Args:
-        text: the assistant's turn. A box left open at the end of the text is read to the end (a forced answer may be one
-            letter and nothing more).
+        text: the assistant's turn. A box left open at the end is read to the end (a forced answer may be one letter and
+            nothing more).
         n_options: how many options the question has, 2 to 10.
 
     Returns:
@@ -155,12 +155,10 @@ def parse_answer(text: str, n_options: int) -> int | None:
     >>> parse_answer(r"\boxed{C}", 2) is None
     True
     """
-    start = None
-    for start in _BOX.finditer(text):
-        pass
-    if start is None:
+    boxes = list(_BOX.finditer(text))
+    if not boxes:
         return None
-    content = _STYLE.sub("", _balanced(text[start.end() :]))
+    content = _STYLE.sub("", _balanced(text[boxes[-1].end() :]))
     content = re.sub(r"[{}$*`\s]+", " ", content).strip()
     letter = _LETTER.fullmatch(content)
     if letter is None:
