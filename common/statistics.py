@@ -188,12 +188,11 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     0.21875
     """
     n, k = only_first + only_second, min(only_first, only_second)
-    if n == 0:
-        return 1.0
-    steps = np.arange(k, dtype=np.float64)  # log C(n, i+1) - log C(n, i) = log((n - i) / (i + 1))
-    logs = np.concatenate([[0.0], np.cumsum(np.log((n - steps) / (steps + 1.0)))]) - n * math.log(2.0)
-    top = float(logs.max())
-    return min(1.0, 2.0 * math.exp(top) * float(np.exp(logs - top).sum()))
+    term, tail = 1, 1  # C(n, 0) and the sum of C(n, 0..k), in whole numbers: exact at every n
+    for i in range(k):
+        term = term * (n - i) // (i + 1)
+        tail += term
+    return min(1.0, 2 * tail / 2**n)
 
 
 def bootstrap_patterns(patterns: Ints, n_bootstrap: int, seed: int) -> Ints:
