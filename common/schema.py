@@ -1,0 +1,223 @@
+"""The question schema all sites share: how options are drawn for each feature, and which features give a target away.
+
+Derived by the coordinator from the sum of all sites' counts (common/counts.py) and published; a site's own counts are
+not needed and not seen. So a small hospital asks the same questions as a large one. The schema describes the pooled
+registry: without noise on the counts it is aggregated, not differentially private.
+
+Shortcuts. A feature X is hidden when target Y is asked if I(X;Y) / H(Y) exceeds the threshold: the share of the answer
+that X gives away, 1 for an exact copy at any prevalence. Raw mutual information in nats, as in C-Reason (Kim et al.
+2025, arXiv 2505.02722), cannot exceed H(Y), so a copy of a rare yes/no feature passes it; `mi_normalisation = "none"`
+reproduces that. Both quantities of the share carry the Miller-Madow correction, without which small registries would
+see shortcuts everywhere; it leaves an exact copy at exactly 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .config import Frozen, QuestionsConfig, parse
+from .counts import Bins, Counts, count
+from .dictionary import Dictionary, Feature
+from .errors import RegistryError, VerificationError
+from .mixture import Mixture, fit_mixture
+
+__all__ = ["Counts", "FeatureSchema", "Schema", "count", "derive_schema", "mutual_information", "share_given_away"]
+
+# A component narrower than this share of the whole spread is a heap of one favourite value (37.0 °C), and nobody could
+# tell options two of its sds apart.
+SD_FLOOR_SHARE = 0.1
+
+
+class FeatureSchema(Frozen):
+    """How options are drawn for one feature or outcome.
+
+    Numbers have a mixture on their dictionary scale (natural logarithm for scale = "log"), categories a frequency per
+    level in dictionary order.
+    """
+
+    name: str
+    known: int  # rows of all sites in which it is known
+    weights: tuple[float, ...] = ()
+    means: tuple[float, ...] = ()
+    sds: tuple[float, ...] = ()
+    frequencies: tuple[float, ...] = ()
+
+    @property
+    def mixture(self) -> Mixture:
+        return Mixture(np.array(self.weights), np.array(self.means), np.array(self.sds))
+
+
+class Schema(Frozen):
+    """What is published to every site; the same for all."""
+
+    version: Literal[1] = 1
+    dictionary_digest: str
+    rows: int
+    mi_threshold: float
+    mi_normalisation: Literal["target-entropy", "none"]
+    targets: tuple[FeatureSchema, ...]  # usable, in dictionary order
+    unusable: Mapping[str, str]  # feature → why it is never asked
+    hidden: Mapping[
+        str, tuple[str, ...]
+    ]  # target → features never shown with it: shortcuts and the dictionary's `hide`
+    shortcuts: Mapping[str, tuple[str, ...]]  # the part of `hidden` that was found in the data
+    mi: Mapping[str, Mapping[str, float]]  # target → feature → share given away (or nats), 4 decimals
+
+    def target(self, name: str) -> FeatureSchema:
+        """One usable target.
+
+        Raises:
+            KeyError: this feature is not asked.
+        """
+        for item in self.targets:
+            if item.name == name:
+                return item
+        raise KeyError(name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Usable targets, in dictionary order."""
+        return tuple(item.name for item in self.targets)
+
+    def to_json(self) -> str:
+        """Canonical JSON: what is published and what the digest covers."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        return parse(cls, json.loads(text), "question schema")
+
+    def digest(self) -> str:
+        """SHA-256 hex of the canonical JSON."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def verify(self, dictionary: Dictionary) -> None:
+        """Raises VerificationError unless the schema was derived over this dictionary."""
+        if self.dictionary_digest != dictionary.digest():
+            raise VerificationError(
+                f"the question schema belongs to another dictionary: expected digest {dictionary.digest()[:12]}…, "
+                f"got {self.dictionary_digest[:12]}…"
+            )
+
+
+def mutual_information(table: NDArray[np.int64]) -> float:
+    """Plug-in mutual information of a contingency table in nats; 0 for an empty one.
+
+    >>> round(mutual_information(np.array([[5, 0], [0, 5]])), 4)
+    0.6931
+    """
+    total = int(table.sum())
+    if total == 0:
+        return 0.0
+    x, y = np.nonzero(table)
+    joint = table[x, y] / total
+    return max(0.0, float(joint @ (np.log(joint) - np.log((table.sum(1)[x] / total) * (table.sum(0)[y] / total)))))
+
+
+def share_given_away(table: NDArray[np.int64]) -> float:
+    """I(X;Y) / H(Y) of a table (X rows, Y columns), both Miller-Madow corrected, clipped to 0..1.
+
+    The correction adds (occupied cells - 1) / (2 n) to every plug-in entropy, and I = H(X) + H(Y) - H(X,Y).
+
+    >>> copy = np.array([[95, 0], [0, 5]])
+    >>> share_given_away(copy), round(mutual_information(copy), 3)
+    (1.0, 0.199)
+    """
+    total = int(table.sum())
+    if total == 0:
+        return 0.0
+    x, y, xy = (int(np.count_nonzero(counts)) for counts in (table.sum(1), table.sum(0), table))
+    if y < 2:
+        return 0.0
+    frequency = table.sum(0)[table.sum(0) > 0] / total
+    entropy = -float(frequency @ np.log(frequency)) + (y - 1) / (2 * total)
+    information = mutual_information(table) + (x + y - xy - 1) / (2 * total)
+    return float(np.clip(round(information / entropy, 12), 0.0, 1.0))
+
+
+def derive_schema(counts: Counts, dictionary: Dictionary, settings: QuestionsConfig) -> Schema:
+    """The schema of the pooled registry, from the sum of all sites' counts and from nothing else.
+
+    Raises:
+        RegistryError: no feature can be asked.
+        VerificationError: the counts were made over another dictionary.
+    """
+    if counts.dictionary.digest() != dictionary.digest():
+        raise VerificationError("the schema counts were made over another dictionary")
+    targets: list[FeatureSchema] = []
+    unusable: dict[str, str] = {}
+    for feature, bins in zip(counts.layout.features, counts.layout.bins, strict=True):
+        histogram = counts.one_way(feature.name)
+        reason = _why_unusable(feature, histogram)
+        if reason:
+            unusable[feature.name] = reason
+        elif feature.kind == "number":
+            targets.append(_number(feature, bins, histogram, settings.mixture_components))
+        else:
+            known = int(histogram.sum())
+            targets.append(
+                FeatureSchema(
+                    name=feature.name, known=known, frequencies=tuple(float(level) / known for level in histogram)
+                )
+            )
+    if not any(dictionary.feature(target.name).role == "feature" for target in targets):
+        first = next(iter(unusable.items()), ("", "the dictionary has none"))
+        raise RegistryError(f"no usable feature: none of {len(unusable)} can be asked; '{first[0]}': {first[1]}")
+    measure = share_given_away if settings.mi_normalisation == "target-entropy" else mutual_information
+    mi: dict[str, dict[str, float]] = {}
+    shortcuts: dict[str, tuple[str, ...]] = {}
+    hidden: dict[str, tuple[str, ...]] = {}
+    for target in targets:
+        feature = dictionary.feature(target.name)
+        context = [other.name for other in dictionary.with_role("feature") if other.name != target.name]
+        scores = {name: measure(counts.table(name, target.name)) for name in context}
+        mi[target.name] = {name: round(score, 4) for name, score in scores.items()}
+        shortcuts[target.name] = tuple(name for name in context if scores[name] > settings.mi_threshold)
+        either = {*shortcuts[target.name], *feature.hide}
+        hidden[target.name] = tuple(name for name in context if name in either)
+    return Schema(
+        dictionary_digest=dictionary.digest(),
+        rows=counts.rows,
+        mi_threshold=settings.mi_threshold,
+        mi_normalisation=settings.mi_normalisation,
+        targets=tuple(targets),
+        unusable=unusable,
+        hidden=hidden,
+        shortcuts=shortcuts,
+        mi=mi,
+    )
+
+
+def _why_unusable(feature: Feature, histogram: NDArray[np.int64]) -> str:
+    """Why a column cannot be asked, or ''."""
+    occupied = np.flatnonzero(histogram)
+    if len(occupied) == 0:
+        return "no value is known at any site"
+    if len(occupied) == 1:
+        if feature.kind == "category":
+            return f"only one level occurs: '{list(feature.levels.values())[occupied[0]]}'"
+        return "all values are the same, or too close together for its plausible range"
+    return ""
+
+
+def _number(feature: Feature, bins: Bins, histogram: NDArray[np.int64], components: int) -> FeatureSchema:
+    """Mixture of a number. The floor is half a bin (no finer was counted), half a decimal, a tenth of the spread."""
+    centers, widths = bins.centers(feature)
+    share = histogram / histogram.sum()
+    spread = float(np.sqrt(share @ (centers - share @ centers) ** 2))
+    decimal = 10.0**-feature.decimals if feature.scale == "linear" else 0.0
+    floor = max(float(share @ widths) / 2, decimal / 2, SD_FLOOR_SHARE * spread)
+    mixture = fit_mixture(centers, histogram, components, floor, widths)
+    return FeatureSchema(
+        name=feature.name,
+        known=int(histogram.sum()),
+        weights=tuple(mixture.weights.tolist()),
+        means=tuple(mixture.means.tolist()),
+        sds=tuple(mixture.sds.tolist()),
+    )
