@@ -164,7 +164,7 @@ def tally_size(targets: Sequence[str], models: Sequence[str]) -> int:
 def right_column_mask(models: Sequence[str], model: str) -> NDArray[np.bool_]:
     """bool (2^(M+1),): the patterns in which `model` (or "majority") is right."""
     bit = 0 if model == MAJORITY else models.index(model) + 1
-    return (np.arange(2 ** (len(models) + 1)) >> bit & 1).astype(bool)
+    return np.arange(2 ** (len(models) + 1), dtype=np.int64) & (1 << bit) != 0
 
 
 def wilson(correct: int, n: int) -> list[float]:
