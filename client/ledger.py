@@ -1,0 +1,172 @@
+"""The hospital's own record of everything that left it: hash-chained JSON lines, on disk before the bytes go.
+
+Run by the site. Enters: what is about to leave (never its content) or what was refused. Leaves: nothing. Private: the
+file stays on the site; it holds no patient value, only times, phases, sizes and digests.
+
+Each line is one JSON object whose `previous` is the SHA-256 of the line before it (64 zeros at the start), so a changed,
+removed, inserted or reordered line is found. `Ledger.append` returns only after fsync: a machine that dies afterwards
+has recorded more than it sent, never less. A last line that was cut by a crash was never followed by an egress; it is
+dropped and the next entry says so.
+
+Not protected: whoever holds the site's disk can rewrite the whole chain, or cut its tail. Lines are not signed and not
+countersigned by the coordinator.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from ..common.errors import VerificationError
+
+START = "0" * 64
+KINDS = ("egress", "refusal")
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The ledger in one file; made with the first entry, mode 0600."""
+
+    path: Path
+
+    def append(
+        self,
+        kind: str,
+        *,
+        run_id: str,
+        round_index: int,
+        phase: str,
+        purpose: str,
+        size_bytes: int,
+        sha256: str,
+        code: str = "",
+    ) -> dict[str, Any]:
+        """Adds one entry and fsyncs it; call it before the bytes leave.
+
+        Args:
+            kind: "egress" or "refusal".
+            run_id: as in the instruction.
+            round_index: 0 before the first training round.
+            phase: the instruction's name.
+            purpose: what the bytes are for, in words.
+            size_bytes: all bytes of the reply.
+            sha256: hex, of the reply's encoding (head and vectors).
+            code: of a refusal or failure.
+
+        Returns:
+            The entry as written.
+
+        Raises:
+            OSError: the disk is full or not writable; then nothing may leave.
+            VerificationError: the last complete line is not a ledger entry.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"ledger kind: expected one of {KINDS}, got '{kind}'")
+        with self._locked() as file:
+            last, torn = _last_line(file, self.path)
+            entry: dict[str, Any] = {
+                "bytes": size_bytes,
+                "code": code,
+                "kind": kind,
+                "n": int(last["n"]) + 1 if last else 1,
+                "phase": phase,
+                "previous": last["digest"] if last else START,
+                "purpose": purpose,
+                "round": round_index,
+                "run": run_id,
+                "sha256": sha256,
+                "time": datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds"),
+            }
+            if torn:
+                entry["dropped_torn_bytes"] = torn
+            file.write(_line(entry))
+            file.flush()
+            os.fsync(file.fileno())
+        return entry
+
+    def sent_bytes(self, run_id: str) -> int:
+        """Bytes that left for a run so far."""
+        wanted = json.dumps(run_id)
+        if not self.path.exists():
+            return 0
+        with self.path.open(encoding="utf-8") as file:
+            # The substring test spares parsing other runs' lines in a ledger of years.
+            entries = [json.loads(line) for line in file if wanted in line and line.endswith("\n")]
+        return sum(entry["bytes"] for entry in entries if entry["run"] == run_id and entry["kind"] == "egress")
+
+    def verify(self) -> int:
+        """Checks the whole chain.
+
+        Returns:
+            The number of entries.
+
+        Raises:
+            VerificationError: names the first line that is not what was written.
+        """
+        previous, count = START, 0
+        if not self.path.exists():
+            return 0
+        with self.path.open("rb") as file:
+            for count, line in enumerate(file, start=1):
+                entry = _parse(line)
+                if entry is None or _line(entry) != line:
+                    raise VerificationError(f"{self.path}: line {count} is not a ledger entry")
+                if entry.get("previous") != previous or entry.get("n") != count:
+                    raise VerificationError(f"{self.path}: line {count} does not follow the line before it")
+                previous = hashlib.sha256(line).hexdigest()
+        return count
+
+    @contextmanager
+    def _locked(self) -> Iterator[IO[bytes]]:
+        """The file open for reading and appending, held against other processes of this site."""
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+        with os.fdopen(handle, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode() + b"\n"
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def _last_line(file: IO[bytes], path: Path) -> tuple[dict[str, Any] | None, int]:
+    """The last complete entry with its digest, and how many bytes of a torn line were cut off after it.
+
+    Leaves the file position at the end of that entry.
+    """
+    size = file.seek(0, os.SEEK_END)
+    block = b""
+    start = size
+    # Backwards in blocks until two line ends are in sight: a ledger of years is not read for one line.
+    while start > 0 and block.count(b"\n") < 2:
+        step = min(4096, start)
+        start -= step
+        file.seek(start)
+        block = file.read(step) + block
+    complete, _, torn = block.rpartition(b"\n")
+    file.truncate(size - len(torn))
+    file.seek(0, os.SEEK_END)
+    if not complete:
+        return None, len(torn)
+    line = complete.rpartition(b"\n")[2] + b"\n"
+    entry = _parse(line)
+    if entry is None or "n" not in entry:
+        raise VerificationError(f"{path}: its last line is not a ledger entry; the site stops until it is looked into")
+    return {"n": entry["n"], "digest": hashlib.sha256(line).hexdigest()}, len(torn)

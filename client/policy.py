@@ -1,0 +1,126 @@
+"""The hospital's own limits (`[policy]` in site.toml), checked before work starts and again before bytes leave.
+
+Run by the site. Enters: the coordinator's config and the reply that is about to leave. Leaves: nothing; it only says
+no, by raising `RefusedError`. A coordinator can never loosen a limit: nothing here reads a permission from a message.
+
+Fail closed: what is not on the list of replies does not leave; a demand that is not understood is refused. As long as
+updates and counts travel unmasked (`secure_aggregation = "none"`), only a simulated site of a public registry takes part in
+anything at all. Not enforced here yet: budgets of differential privacy, hours of the day, opted-out patients.
+"""
+
+from __future__ import annotations
+
+import json
+
+from ..common.config import PolicyConfig, RunConfig
+from ..common.dictionary import Dictionary
+from ..common.errors import RefusedError
+from ..common.messages import (
+    CollectReply,
+    CountReply,
+    EvaluateReply,
+    Failure,
+    FinalizeReply,
+    Instruction,
+    Reply,
+    SchemaReply,
+    TrainReply,
+    ValidateReply,
+    WarmupReply,
+)
+
+NO_SAMPLES = "[]"
+
+# What each reply is for, as the ledger says it. A reply that is not here does not leave.
+PURPOSE: dict[type[Reply], str] = {
+    WarmupReply: "confirm the round-0 adapter; declare the number of training patients",
+    CountReply: "counts over the dictionary's bins, for the shared question schema",
+    SchemaReply: "confirm the question schema",
+    TrainReply: "statistics of local training: steps, questions, rewards",
+    CollectReply: "adapter update, unmasked (simulated sites of public registries only)",
+    ValidateReply: "number of validation questions answered right",
+    EvaluateReply: "counts of test questions answered right by base, warmed-up and final model",
+    FinalizeReply: "confirm the final adapter",
+    Failure: "an error code",
+}
+
+
+def check_instruction(
+    policy: PolicyConfig, dictionary: Dictionary, config: RunConfig, instruction: Instruction
+) -> None:
+    """Refuses an instruction that asks for more than this hospital allows; called before any patient row is read.
+
+    Raises:
+        RefusedError: names the limit, what it is and what was asked.
+    """
+    federation = config.federation
+    if federation.secure_aggregation == "none" and not (policy.simulated and dictionary.public):
+        raise RefusedError(
+            "secure_aggregation = 'none' sends updates and counts unmasked: only a simulated site "
+            f"(policy.simulated, here {policy.simulated}) of a public registry (here public = {dictionary.public}) does that"
+        )
+    _at_most("max_rounds", policy.max_rounds, federation.rounds)
+    _at_most("max_local_steps", policy.max_local_steps, config.grpo.local_steps)
+    if not 0 <= instruction.round_index <= federation.rounds:
+        raise RefusedError(f"round {instruction.round_index}: the run's config says rounds 0 to {federation.rounds}")
+
+
+def check_model(policy: PolicyConfig, base_digest: str) -> None:
+    """Refuses a base model that this hospital did not allow; an empty list allows any.
+
+    Raises:
+        RefusedError: the base model's digest is not on the list.
+    """
+    if policy.allowed_models and base_digest not in policy.allowed_models:
+        raise RefusedError(f"base model {base_digest[:12]}… is not among policy.allowed_models")
+
+
+def allowed_targets(policy: PolicyConfig, names: tuple[str, ...]) -> list[str]:
+    """The schema's targets without those this hospital never asks.
+
+    Raises:
+        RefusedError: none is left.
+    """
+    left = [name for name in names if name not in policy.targets_never_asked]
+    if not left:
+        raise RefusedError("policy.targets_never_asked leaves no target to ask")
+    return left
+
+
+def shares_samples(policy: PolicyConfig, dictionary: Dictionary) -> bool:
+    """Whether sample questions of test patients may enter the coordinator's report."""
+    return policy.share_samples and policy.simulated and dictionary.public
+
+
+def check_egress(policy: PolicyConfig, dictionary: Dictionary, reply: Reply, size_bytes: int, sent_bytes: int) -> str:
+    """The last check before a reply leaves.
+
+    Args:
+        policy: this hospital's.
+        dictionary: of its registry.
+        reply: what is about to leave.
+        size_bytes: its encoded size.
+        sent_bytes: what left for this run before.
+
+    Returns:
+        The purpose that the ledger records.
+
+    Raises:
+        RefusedError: a kind of reply that is not allowed out, samples of patients, or too many bytes.
+    """
+    purpose = PURPOSE.get(type(reply))
+    if purpose is None:
+        raise RefusedError(f"a {type(reply).__name__} is not among the replies that may leave")
+    if isinstance(reply, Failure):
+        return purpose  # a code of a few bytes always leaves, so that the coordinator does not wait for a refusal
+    if isinstance(reply, CollectReply) and not (policy.simulated and dictionary.public):
+        raise RefusedError("an unmasked update leaves only a simulated site of a public registry")
+    if isinstance(reply, EvaluateReply) and not shares_samples(policy, dictionary) and reply.samples != NO_SAMPLES:
+        raise RefusedError(f"sample questions do not leave: expected samples {json.dumps(NO_SAMPLES)}, got some")
+    _at_most("max_upload_bytes", policy.max_upload_bytes, sent_bytes + size_bytes)
+    return purpose
+
+
+def _at_most(name: str, limit: int, asked: int) -> None:
+    if asked > limit:
+        raise RefusedError(f"policy.{name}: this hospital allows {limit}, the run asks for {asked}")
