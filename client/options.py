@@ -9,10 +9,10 @@ features with scale = "log" both live on the logarithm, so the ladder is geometr
 decimals and plausible range.
 
 A ladder that would leave the plausible range must not say where the truth is, as cutting it or bending one side of it
-would: the whole ladder gets narrower, by at most half, and keeps the rank; only if that is not enough, the rank moves
-to the nearest one that fits. So the rank is uniform except close to an end of the range: a truth at the very end (GCS 3)
-is the lowest option in any honest question. On a linear scale steps are whole decimals, or rounding would make the gaps
-uneven around the truth.
+would: the whole ladder gets narrower, down to a quarter, and keeps the rank; only if that is not enough, the rank
+moves to the nearest one that fits. So the rank is uniform except close to an end of the range: a truth at the very end
+(GCS 3) is the lowest option in any honest question. On a linear scale steps are whole decimals, or rounding would make
+the gaps uneven around the truth.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..common.counts import grid
 from ..common.dictionary import Feature
 from ..common.schema import FeatureSchema
 
-SHRINK = 0.5  # the narrowest ladder, as a share of the drawn spacing
+SHRINK = 0.25  # the narrowest ladder, as a share of the drawn spacing: half an sd at the default of 2
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Questions from a hospital's registry: mask one value, drop what gives it away, draw options, write the prompt.
 
-Runs at a hospital. Enters: its registry, the published schema, a prompt template. Leaves this module: `Question`s, which hold
-patients' records and never leave the hospital. Which letter is right depends on the row's own value and the
+Runs at a hospital. Enters: its registry, the published schema, a prompt template. What comes out are `Question`s, which
+hold patients' records and never leave the hospital. Which letter is right depends on the row's own value and the
 generator alone, never on other patients of the hospital.
 
 Vectorised over rows: every column writes each of its distinct values once, and rows are joined from those lines.
@@ -10,6 +10,7 @@ Vectorised over rows: every column writes each of its distinct values once, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import numpy as np
 
@@ -157,7 +158,7 @@ class QuestionBuilder:
                 [template.option.format(letter=letter, value=word, unit=_unit(feature)) for word in words]
                 for letter in LETTERS[: drawn.values.shape[1]]
             ]
-            chosen: list[list[int]] = inverse.reshape(drawn.values.shape).tolist()
+            chosen = cast("list[list[int]]", inverse.reshape(len(mine), -1).tolist())
             for i, picks, answer, majority in zip(
                 mine.tolist(), chosen, drawn.answer.tolist(), drawn.majority.tolist(), strict=True
             ):
