@@ -168,7 +168,7 @@ def vector_digest(manifest: Manifest, full_vector: Float32Array) -> str:
     """
     check_vector(full_vector, manifest, trainable_only=False)
     state = hashlib.sha256(_USAGE_VECTOR + bytes.fromhex(manifest.digest()))
-    state.update(memoryview(np.ascontiguousarray(full_vector, dtype="<f4")))
+    state.update(np.ascontiguousarray(full_vector, dtype="<f4").data)
     return state.hexdigest()
 
 
