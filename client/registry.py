@@ -100,33 +100,45 @@ def read_registry(table: Path, dictionary: Dictionary, mapping: MappingConfig = 
         ConfigError: the mapping does not fit the dictionary.
     """
     check_mapping(mapping, dictionary)
-    present = tables.columns_of(table)
-    columns = local_columns(table, present, dictionary, mapping)
+    columns = local_columns(table, tables.columns_of(table), dictionary, mapping)
     numbers = [columns[f.name] for f in dictionary.used if f.kind == "number" and columns[f.name]]
     data = tables.read(table, sorted(set(columns.values()) - {""}), numbers)
+    return to_registry(str(table), data, dictionary, mapping)
+
+
+def to_registry(source: str, data: pa.Table, dictionary: Dictionary, mapping: MappingConfig = _NO_MAPPING) -> Registry:
+    """A table in memory as a registry; as `read_registry`, which see.
+
+    Args:
+        source: what messages call the table.
+        data: at least the columns that the dictionary and the mapping name.
+        dictionary: the consortium's dictionary.
+        mapping: this hospital's own names, units and codes.
+    """
+    columns = local_columns(source, data.column_names, dictionary, mapping)
     if data.num_rows == 0:
-        raise RegistryError(f"{table}: the table has no rows")
-    patients = words_of(table, data, columns[dictionary.id_column], "patient id")
+        raise RegistryError(f"{source}: the table has no rows")
+    patients = words_of(source, data, columns[dictionary.id_column], "patient id")
     site_column = dictionary.site_column
-    sites = None if site_column is None else words_of(table, data, columns[site_column], "site")
+    sites = None if site_column is None else words_of(source, data, columns[site_column], "site")
     values: dict[str, np.ndarray] = {}
     for feature in dictionary.used:
         local = columns[feature.name]
         if not local:
-            empty = np.nan if feature.kind == "number" else -1
-            values[feature.name] = np.full(data.num_rows, empty, float if feature.kind == "number" else np.int16)
+            number = feature.kind == "number"
+            values[feature.name] = np.full(data.num_rows, np.nan if number else -1, float if number else np.int16)
         elif feature.kind == "number":
-            raw = tables.numbers(table, data, local, missing_words(feature))
+            raw = tables.numbers(source, data, local, missing_words(feature))
             values[feature.name] = clean_numbers(raw, feature, mapping.units.get(feature.name)).values
         else:
             read = read_levels(data.column(local), feature, mapping.levels.get(feature.name))
             if read.unknown_rows.size:
-                raise RegistryError(unknown_level_message(table, local, feature, read.unknown_rows))
+                raise RegistryError(unknown_level_message(source, local, feature, read.unknown_rows))
             values[feature.name] = read.values
     registry = Registry(dictionary, patients, values, sites)
     if not any(usable(registry.values[feature.name]) for feature in dictionary.with_role("feature")):
         raise RegistryError(
-            f"{table}: no usable feature: every feature of dictionary '{dictionary.name}' is missing in every row"
+            f"{source}: no usable feature: every feature of dictionary '{dictionary.name}' is missing in every row"
         )
     return registry
 
@@ -157,7 +169,9 @@ def check_mapping(mapping: MappingConfig, dictionary: Dictionary) -> None:
                 raise ConfigError(f"mapping.levels: feature '{name}' has no level '{target}'; expected one of {known}")
 
 
-def local_columns(table: Path, present: list[str], dictionary: Dictionary, mapping: MappingConfig) -> dict[str, str]:
+def local_columns(
+    table: Path | str, present: list[str], dictionary: Dictionary, mapping: MappingConfig
+) -> dict[str, str]:
     """Dictionary name → column of this table, for id, site, features and outcomes; "" where it is not collected.
 
     Raises:
@@ -190,7 +204,7 @@ def local_columns(table: Path, present: list[str], dictionary: Dictionary, mappi
     return result
 
 
-def words_of(table: Path, data: pa.Table, column: str, what: str) -> np.ndarray:
+def words_of(table: str, data: pa.Table, column: str, what: str) -> np.ndarray:
     """A column of names (patient, site) as (rows,) object array of str; none may be empty.
 
     Raises:
@@ -276,7 +290,7 @@ def read_levels(column: pa.ChunkedArray, feature: Feature, codes: Mapping[str, s
     return ReadLevels(place[index], is_mark[index], np.flatnonzero(is_unknown[index]), int(is_unknown.sum()))
 
 
-def unknown_level_message(table: Path, column: str, feature: Feature, rows: np.ndarray) -> str:
+def unknown_level_message(table: str, column: str, feature: Feature, rows: np.ndarray) -> str:
     """What a data manager needs to find codes that the dictionary does not know; no value is shown."""
     known = ", ".join(f"'{code}'" for code in feature.codes[:8]) + (", …" if len(feature.codes) > 8 else "")
     return (

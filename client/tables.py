@@ -158,7 +158,7 @@ def _refuse_ragged(table: Path, delimiter: str) -> None:
                 )
 
 
-def numbers(table: Path, data: pa.Table, column: str, missing: frozenset[str] = frozenset()) -> np.ndarray:
+def numbers(table: str, data: pa.Table, column: str, missing: frozenset[str] = frozenset()) -> np.ndarray:
     """A column as float64 (rows,), NaN where it holds no value or a word of `missing`.
 
     Raises:
