@@ -3,10 +3,10 @@
 Run by the site. Enters: what is about to leave (never its content) or what was refused. Leaves: nothing. Private: the
 file stays on the site; it holds no patient value, only times, phases, sizes and digests.
 
-Each line is one JSON object whose `previous` is the SHA-256 of the line before it (64 zeros at the start), so a changed,
-removed, inserted or reordered line is found. `Ledger.append` returns only after fsync: a machine that dies afterwards
-has recorded more than it sent, never less. A last line that was cut by a crash was never followed by an egress; it is
-dropped and the next entry says so.
+Each line is one JSON object whose `previous` is the SHA-256 of the line before it (64 zeros at the start), so a
+changed, removed, inserted or reordered line is found. `Ledger.append` returns only after
+fsync: a machine that dies afterwards has recorded more than it sent, never less. A last line that was cut by a crash
+was never followed by an egress; it is dropped and the next entry says so.
 
 Not protected: whoever holds the site's disk can rewrite the whole chain, or cut its tail. Lines are not signed and not
 countersigned by the coordinator.

@@ -4,8 +4,9 @@ Run by the site. Enters: the coordinator's config and the reply that is about to
 no, by raising `RefusedError`. A coordinator can never loosen a limit: nothing here reads a permission from a message.
 
 Fail closed: what is not on the list of replies does not leave; a demand that is not understood is refused. As long as
-updates and counts travel unmasked (`secure_aggregation = "none"`), only a simulated site of a public registry takes part in
-anything at all. Not enforced here yet: budgets of differential privacy, hours of the day, opted-out patients.
+updates and counts travel unmasked (`secure_aggregation = "none"`), only a simulated site of a public
+registry takes part in anything at all. Not enforced here yet: budgets of differential privacy, hours of the day,
+opted-out patients.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def check_instruction(
     if federation.secure_aggregation == "none" and not (policy.simulated and dictionary.public):
         raise RefusedError(
             "secure_aggregation = 'none' sends updates and counts unmasked: only a simulated site "
-            f"(policy.simulated, here {policy.simulated}) of a public registry (here public = {dictionary.public}) does that"
+            f"(policy.simulated, here {policy.simulated}) of a public registry (here {dictionary.public}) does that"
         )
     _at_most("max_rounds", policy.max_rounds, federation.rounds)
     _at_most("max_local_steps", policy.max_local_steps, config.grpo.local_steps)
@@ -111,8 +112,6 @@ def check_egress(policy: PolicyConfig, dictionary: Dictionary, reply: Reply, siz
     purpose = PURPOSE.get(type(reply))
     if purpose is None:
         raise RefusedError(f"a {type(reply).__name__} is not among the replies that may leave")
-    if isinstance(reply, Failure):
-        return purpose  # a code of a few bytes always leaves, so that the coordinator does not wait for a refusal
     if isinstance(reply, CollectReply) and not (policy.simulated and dictionary.public):
         raise RefusedError("an unmasked update leaves only a simulated site of a public registry")
     if isinstance(reply, EvaluateReply) and not shares_samples(policy, dictionary) and reply.samples != NO_SAMPLES:

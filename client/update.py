@@ -5,7 +5,8 @@ only through policy and ledger): the difference. Private: the difference says th
 it is in the state folder, mode 0700, and the next round removes it.
 
 Training and sending are two phases, so that a dead connection or a coordinator that resumes costs no second training,
-and so that a repeated instruction gets the identical update: two different answers for one round would let a coordinator subtract them.
+and so that a repeated instruction gets the identical update: two different answers for one round would let a
+coordinator subtract them.
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ from .errors import ProtocolError
 PROTOCOL_VERSION = 1
 MAGIC = b"WARD"
 _PREFIX = struct.Struct("<4sHHI")  # magic, version, kind, length of the JSON header in bytes
+# Where a message's two parts lie in a Flower RecordDict.
+HEAD_RECORD, VECTOR_RECORD = "wardround", "wardround.vectors"
 MAX_HEADER_BYTES = 32 * 2**20  # a schema of thousands of features fits; a forged length cannot exhaust memory
 MAX_VECTOR_VALUES = 2**32
 

@@ -1,0 +1,235 @@
+"""A site's folder and one run's part of it: configuration, registry, splits, questions, stored round-0 adapter.
+
+Run by the site. Enters: the path of `site.toml`, and instructions that say everything else. Leaves: nothing from here.
+Private: registry, splits and questions. No torch unless the model is asked for.
+
+What must last is in the state folder (mode 0700), because a new process may serve every message:
+
+    state/ledger.jsonl                 everything that left (client/ledger.py)
+    state/site.log                     full texts of errors; never sent
+    state/split.key                    splits patients when site.toml has no split_key
+    state/runs/<run id>/round-0.record   manifest and round-0 adapter
+    state/runs/<run id>/schema.json      the published schema
+    state/runs/<run id>/update-*.record  the update of a round (client/update.py)
+    state/runs/<run id>/test.record      the reply to evaluate: test patients are scored once
+    state/runs/<run id>/adapter/         the final adapter, in peft's format
+
+Everything is read when it is needed and kept no longer than one message: thirty-two simulated sites in one process need
+the memory of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..common.adapter import Manifest
+from ..common.config import RunConfig, SiteConfig, load_site
+from ..common.dictionary import Dictionary, load_dictionary
+from ..common.errors import ConfigError, ProtocolError, VerificationError
+from ..common.files import private_folder, read_record, write_atomic
+from ..common.global_model import GlobalModel
+from ..common.messages import Instruction
+from ..common.question import PromptTemplate, Question, load_prompt
+from ..common.schema import Schema
+from ..common.seeds import derive_rng
+from . import policy
+from .ledger import Ledger
+from .questions import QuestionBuilder
+from .registry import Registry, read_registry, split_rows
+
+if TYPE_CHECKING:
+    from ..common.lm.models import LanguageModel
+
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+
+
+@lru_cache(maxsize=2)
+def _config(text: str, digest: str) -> RunConfig:
+    config = RunConfig.from_json(text)
+    if config.digest() != digest:
+        raise VerificationError(f"run config: expected digest {digest[:12]}…, got {config.digest()[:12]}…")
+    return config
+
+
+# Bounded: simulated sites share one dictionary, one schema and one manifest, however many there are.
+_dictionary = lru_cache(maxsize=2)(lambda path, _content: load_dictionary(path))
+parse_schema = lru_cache(maxsize=2)(Schema.from_json)
+parse_manifest = lru_cache(maxsize=2)(Manifest.from_json)
+_template = lru_cache(maxsize=2)(load_prompt)
+
+
+def config_of(instruction: Instruction) -> RunConfig:
+    """The run config that an instruction carries.
+
+    Raises:
+        ProtocolError: its run id is not one; its config is not JSON.
+        ConfigError: its config is out of range.
+        VerificationError: its config is not the one its digest names.
+    """
+    if not _RUN_ID.fullmatch(instruction.run_id):
+        raise ProtocolError(f"run id: expected 32 hexadecimal digits, got {len(instruction.run_id)} characters")
+    try:
+        return _config(instruction.config, instruction.config_digest)
+    except json.JSONDecodeError:
+        raise ProtocolError("run config: expected JSON") from None
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One hospital as its folder says: `site.toml`, and what it names relative to it."""
+
+    folder: Path
+    config: SiteConfig
+
+    @classmethod
+    def open(cls, path: Path) -> Site:
+        """The site of a `site.toml`; makes its state folder.
+
+        Raises:
+            ConfigError: missing or malformed.
+        """
+        site = cls(path.resolve().parent, load_site(path))
+        private_folder(site.state)
+        return site
+
+    @property
+    def state(self) -> Path:
+        return self.folder / self.config.state
+
+    @property
+    def ledger(self) -> Ledger:
+        return Ledger(self.state / "ledger.jsonl")
+
+    @cached_property
+    def dictionary(self) -> Dictionary:
+        path = self.folder / self.config.dictionary
+        content = hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b""
+        return _dictionary(path, content)
+
+    @cached_property
+    def registry(self) -> Registry:
+        return read_registry(self.folder / self.config.table, self.dictionary, self.config.mapping)
+
+    @cached_property
+    def splits(self) -> dict[str, np.ndarray]:
+        """Row indices of training, validation and test patients."""
+        return split_rows(self.registry, self._split_key())
+
+    def patients_of(self, split: str) -> list[np.ndarray]:
+        """The rows of every patient of a split, in the order of the patients' ids (not of the table)."""
+        rows = self.splits[split]
+        ids = self.registry.patients[rows].astype(str)
+        order = np.lexsort((rows, ids))
+        starts = np.flatnonzero(np.r_[True, ids[order][1:] != ids[order][:-1]]) if len(rows) else []
+        return np.split(rows[order], starts[1:]) if len(rows) else []
+
+    def _split_key(self) -> bytes:
+        if self.config.split_key is not None:
+            try:
+                return bytes.fromhex(self.config.split_key)
+            except ValueError:
+                raise ConfigError("site.toml: 'split_key': expected hexadecimal digits") from None
+        path = self.state / "split.key"
+        if not path.exists():
+            write_atomic(path, secrets.token_bytes(32))
+        return path.read_bytes()
+
+
+@dataclass(frozen=True, eq=False)
+class SiteRun:
+    """One run at one site: what its instruction and the state folder say together."""
+
+    site: Site
+    instruction: Instruction
+    config: RunConfig = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", config_of(self.instruction))
+
+    @property
+    def folder(self) -> Path:
+        return self.site.state / "runs" / self.instruction.run_id
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """The fields that every reply begins with."""
+        instruction = self.instruction
+        return {"run_id": instruction.run_id, "site": self.site.config.name, "round_index": instruction.round_index}
+
+    @cached_property
+    def round_zero(self) -> GlobalModel:
+        """The round-0 adapter that the warm-up phase left here."""
+        path = self.folder / "round-0.record"
+        if not path.exists():
+            raise ProtocolError("this site has no round-0 adapter of this run: warm-up comes first")
+        record = read_record(path)
+        return GlobalModel(parse_manifest(record.values["manifest"]), record.vectors["vector"])
+
+    def schema(self, digest: str) -> Schema:
+        """The published schema.
+
+        Raises:
+            ProtocolError: none was published here.
+            VerificationError: it is another one.
+        """
+        path = self.folder / "schema.json"
+        if not path.exists():
+            raise ProtocolError("this site has no question schema of this run: the schema phase comes first")
+        schema = parse_schema(path.read_text(encoding="utf-8"))
+        if schema.digest() != digest:
+            raise VerificationError(f"schema: expected digest {digest[:12]}…, got {schema.digest()[:12]}…")
+        return schema
+
+    @cached_property
+    def template(self) -> PromptTemplate:
+        return _template(self.config.model.prompt)
+
+    def builder(self, schema: Schema) -> QuestionBuilder:
+        return QuestionBuilder(self.site.registry, schema, self.template, self.config.questions)
+
+    def language_model(self, model: GlobalModel) -> LanguageModel:
+        """The shared model of this process with `model` in it."""
+        from ..common.lm import models
+
+        lm = models.shared(self.config.model, self.config.lora, self.config.seed)
+        if lm.manifest.digest() != model.manifest.digest():
+            raise VerificationError("adapter manifest: this site's base model or adapter is another one")
+        lm.set_vector(model.full, trainable_only=False)
+        return lm
+
+    def held_out(self, split: str, schema: Schema, n: int) -> list[Question]:
+        """Up to `n` questions, one a patient, the same whenever asked: they do not depend on the round."""
+        rng = derive_rng(self.config.seed, split, self.site.config.name)
+        patients = self.site.patients_of(split)
+        if not patients:
+            return []
+        rows = np.array([rng.choice(patients[index]) for index in rng.permutation(len(patients))])
+        asked = policy.allowed_targets(self.site.config.policy, schema.names)
+        return self.builder(schema).build(rows, rng, targets=asked)[:n]
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingPatients:
+    """Questions of training patients for client/grpo.py: one encounter and one question a drawn patient."""
+
+    builder: QuestionBuilder
+    patients: list[np.ndarray]
+    targets: list[str]
+
+    @property
+    def n_patients(self) -> int:
+        return len(self.patients)
+
+    def draw(self, patient_indices: np.ndarray, rng: np.random.Generator) -> list[Question]:
+        """At most one question for each index; patients with nothing to ask give none."""
+        rows = np.array([rng.choice(self.patients[index]) for index in patient_indices], dtype=np.int64)
+        return self.builder.build(rows, rng, targets=self.targets)
