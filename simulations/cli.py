@@ -1,0 +1,56 @@
+"""`wardround simulate`: hospitals and coordinator on this one machine. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import click
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(context_settings=_SETTINGS)
+def simulate() -> None:
+    """Hospitals and coordinator on this one machine."""
+
+
+@simulate.command(
+    epilog="Examples: wardround simulate run demo --out runs/demo   ·   "
+    "wardround simulate run configs/demo.toml --out runs/skewed --set simulation.sites=8 --set federation.rounds=4"
+)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out; a finished one is shown again.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a config key; may be repeated.")
+@click.option("--json", "as_json", is_flag=True, help="Print evaluation.json instead of the table; no progress.")
+def run(config: Path, out: Path, resume: bool, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Run CONFIG (a TOML file, or the name of a shipped one) from registry to report.
+
+    Writes config.resolved.toml, schema.json, rounds.jsonl, adapter/, model/, evaluation.json, report.html and
+    journal/ to --out. Ctrl-C or a crash loses at most the phase under way: the same command with --resume continues.
+    """
+    from ..common import config as configs
+
+    settings = configs.load_run(config, overrides)
+    if settings.speed.threads:
+        os.environ["OMP_NUM_THREADS"] = str(settings.speed.threads)
+    from . import federation, run as whole_run
+
+    evaluation = whole_run.simulate_run(settings, out, resume=resume, progress=federation.SilentProgress() if as_json else None)
+    click.echo(json.dumps(evaluation, sort_keys=True) if as_json else "")
+
+
+@simulate.command(epilog="Example: wardround simulate registry support_icu --out data")
+@click.argument("name")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the table and its dictionary.")
+def registry(name: str, out: Path) -> None:
+    """Build an open registry from installed packages: NAME.parquet and NAME.toml in --out.
+
+    NAME: support_icu, smart or copenhagen_stroke.
+    """
+    from . import registries
+
+    for path in registries.write(name, out):
+        click.echo(path)
