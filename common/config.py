@@ -33,6 +33,7 @@ class ModelConfig(Frozen):
     id: str = "smollm2-135m"  # a packaged name, a local folder, or a Hugging Face id in the local cache
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    scoring_dtype: Literal["float32", "bfloat16"] = "float32"  # of answers without gradients; bfloat16: autocast
     prompt: str = "en"  # name in configs/prompts or a path to a TOML
 
 
@@ -69,6 +70,7 @@ class WarmupConfig(Frozen):
     features_per_record: Annotated[int, Field(ge=1)] = 6
     reasoning_tokens: Annotated[int, Field(ge=0)] = 0
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     seed: Annotated[int, Field(ge=0)] = 0
 
 

@@ -49,6 +49,7 @@ class LanguageModel:
         config: what was asked for.
         lora: None: no adapter, only for evaluation.
         path: folder of the base model.
+        parameters: the adapter's tensors (all, under `full`) by name, in vector order; empty when `lora` is None.
     """
 
     model: Any
@@ -57,7 +58,7 @@ class LanguageModel:
     config: ModelConfig
     lora: LoraConfig | None
     path: Path
-    _parameters: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -75,13 +76,13 @@ class LanguageModel:
             raise ModelError(f"model '{self.config.id}' was loaded without an adapter")
         specs = tuple(
             TensorSpec(name, tuple(parameter.shape), parameter.requires_grad)
-            for name, parameter in self._parameters.items()
+            for name, parameter in self.parameters.items()
         )
         return Manifest(specs, self.base_digest, self.lora.strategy)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that the rounds train, in vector order."""
-        return {spec.name: self._parameters[spec.name] for spec in self.manifest.kept(trainable_only=True)}
+        return {spec.name: self.parameters[spec.name] for spec in self.manifest.kept(trainable_only=True)}
 
     def vector(self, trainable_only: bool = True) -> Float32Array:
         """A copy of the trainable (default) or of the full adapter: float32, shape (size,).
@@ -90,7 +91,7 @@ class LanguageModel:
             VerificationError: a value is NaN or infinite.
         """
         tensors = {
-            spec.name: self._parameters[spec.name].detach().to("cpu", torch.float32).numpy()
+            spec.name: self.parameters[spec.name].detach().to("cpu", torch.float32).numpy()
             for spec in self.manifest.kept(trainable_only)
         }
         return flatten(tensors, self.manifest, trainable_only)
@@ -108,7 +109,7 @@ class LanguageModel:
         for name, tensor in tensors.items():
             # A copy: from_numpy refuses read-only arrays (views of received bytes) with a warning.
             source = torch.from_numpy(np.array(tensor))
-            parameter = self._parameters[name]
+            parameter = self.parameters[name]
             parameter.copy_(source)
             exact = exact and torch.equal(parameter.to("cpu", torch.float32), source.to(parameter.dtype).float())
         if not exact:
@@ -123,7 +124,7 @@ class LanguageModel:
             return
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
+            for name, parameter in self.parameters.items():
                 if "lora_A" in name:
                     # kaiming_uniform_(a=√5), which is what peft does, is U(±1/√fan_in); drawn on the CPU in name
                     # order so that every machine has the same A.
@@ -174,10 +175,10 @@ class LanguageModel:
     @torch.no_grad()
     def _load_base(self) -> None:
         base = {name: tensor for file in weight_files(self.path) for name, tensor in read_tensors(file).items()}
-        missing = [name for name in self._parameters if name not in base]
+        missing = [name for name in self.parameters if name not in base]
         if missing:
             raise VerificationError(f"base model {self.path}: its weights lack '{missing[0]}'")
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             parameter.copy_(base[name])
 
 
@@ -241,7 +242,10 @@ def load(model: ModelConfig, lora: LoraConfig | None, *, seed: int) -> LanguageM
     wrapped.eval()
     result = LanguageModel(wrapped, tokenizer, base_digest(path), model, lora, path)
     if lora is not None:
-        result._parameters.update(_adapter_parameters(wrapped, lora))
+        result.parameters.update(_adapter_parameters(wrapped, lora))
+        _ = (
+            result.manifest
+        )  # fixed now: the warm-up unfreezes A for a while, which must not change what the rounds send
         if lora.strategy != "full":
             result.reset(seed)
     return result
@@ -275,7 +279,7 @@ def _adapter_parameters(model: Any, lora: LoraConfig) -> dict[str, nn.Parameter]
     return dict(sorted(found.items()))
 
 
-_SHARED: dict[tuple[str, str, str, str], tuple[LanguageModel, int]] = {}
+_SHARED: dict[tuple[str, ...], tuple[LanguageModel, int]] = {}
 
 
 def shared(model: ModelConfig, lora: LoraConfig | None, seed: int) -> LanguageModel:
@@ -285,7 +289,8 @@ def shared(model: ModelConfig, lora: LoraConfig | None, seed: int) -> LanguageMo
     one left. Another seed resets the adapter.
     """
     device = str(pick_device(model.device))
-    key = (str(resolve(model.id)), model.dtype, device, lora.model_dump_json() if lora else "")
+    path = str(resolve(model.id))
+    key = (path, model.dtype, model.scoring_dtype, device, lora.model_dump_json() if lora else "")
     if key not in _SHARED:
         _SHARED[key] = (load(model, lora, seed=seed), seed)
     found, last_seed = _SHARED[key]
@@ -319,7 +324,7 @@ def verify_adapter(lm: LanguageModel, text: str = "The answer is") -> bool:
     differs = not torch.equal(adapted, base)
     if lm.lora is None or lm.lora.strategy == "full":
         return differs
-    nonzero = any(bool(parameter.any()) for name, parameter in lm._parameters.items() if "lora_B" in name)
+    nonzero = any(bool(parameter.any()) for name, parameter in lm.parameters.items() if "lora_B" in name)
     if differs != nonzero:
         state = "is not zero but outputs equal the base model's" if nonzero else "is zero but outputs differ"
         raise VerificationError(f"adapter of '{lm.config.id}': B {state}")

@@ -10,6 +10,7 @@ answer (`prompt.forced`, ending in `\\boxed{`). One forward pass a question, bat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,18 @@ def batches_by_length(lengths: Sequence[int], micro_batch: int) -> Iterator[list
         yield order[start : start + micro_batch]
 
 
+@contextmanager
+def scoring_precision(lm: LanguageModel) -> Iterator[None]:
+    """Within it the forward pass runs in `model.scoring_dtype`: bfloat16 is 2.4 times as fast on a CPU that has it.
+
+    Measured on SmolLM2: option log-probabilities move by up to 0.14, the choice on 2 to 4 % of hard questions. Training
+    never runs under it.
+    """
+    half = lm.config.scoring_dtype == "bfloat16" and lm.config.dtype == "float32"
+    with torch.autocast(lm.device.type, torch.bfloat16, enabled=half):
+        yield
+
+
 def last_logits(lm: LanguageModel, batch: Sequence[Sequence[int]]) -> torch.Tensor:
     """Logits after the last token of every sequence: float32, shape (len(batch), vocabulary).
 
@@ -142,7 +155,8 @@ def log_probs_after(
     letters = torch.tensor(option_token_ids(lm.tokenizer, context_text, widest), device=lm.device)
     result = np.full((len(prompts), widest), -np.inf, np.float32)
     for batch in batches_by_length([len(ids) for ids in prompts], micro_batch):
-        logits = last_logits(lm, [prompts[index] for index in batch])[:, letters]
+        with scoring_precision(lm):
+            logits = last_logits(lm, [prompts[index] for index in batch])[:, letters]
         for row, index in enumerate(batch):
             own = n_options[index]
             result[index, :own] = torch.log_softmax(logits[row, :own], dim=0).cpu().numpy()
