@@ -1,0 +1,156 @@
+"""The pooled result of the held-out evaluation: evaluation.json, the table on the terminal, the result in words.
+
+Run by the coordinator. Enters: the tallies of the sites (common/statistics.py): counts, no question, no answer. Leaves:
+evaluation.json and the report. Test patients are scored once, at the end of a run; settings are chosen on validation
+patients. Private: what counts say about few patients; nothing here adds noise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..common.errors import ProtocolError
+from ..common.files import write_atomic
+from ..common.statistics import Tally, summarise
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MODELS = ("base", "warmup", "final")  # the order of a run's tally
+LABELS = {"base": "base", "warmup": "warmed up", "final": "final", "majority": "majority option", "chance": "chance"}
+
+
+def pool(tallies: Sequence[Tally]) -> Tally:
+    """The tally of all sites' questions.
+
+    Raises:
+        ProtocolError: no tally, or tallies of other targets or models.
+    """
+    if not tallies:
+        raise ProtocolError("expected the tally of at least one site, got none")
+    return reduce(add, tallies)
+
+
+def evaluate(tallies: Sequence[Tally], sections: Mapping[str, str], n_bootstrap: int, seed: int) -> dict[str, Any]:
+    """The content of evaluation.json from the sites' tallies; `sections` maps each target to its section."""
+    return {**summarise(pool(tallies), sections, n_bootstrap, seed), "sites": len(tallies)}
+
+
+def write_evaluation(path: Path, evaluation: Mapping[str, Any]) -> None:
+    """Writes evaluation.json, whole or not at all."""
+    text = json.dumps(evaluation, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    write_atomic(path, text.encode(), mode=0o644)
+
+
+def percent(share: float) -> str:
+    """A share as percent with one decimal.
+
+    >>> percent(0.4345)
+    '43.5 %'
+    """
+    return f"{100 * share:.1f} %"
+
+
+def interval(bounds: Sequence[float]) -> str:
+    """Bounds of a share in percent.
+
+    >>> interval([0.381, 0.456])
+    '38.1 to 45.6 %'
+    """
+    return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f} %"
+
+
+def points(difference: float) -> str:
+    """A difference of two shares in percentage points, signed; a rounded zero has no sign.
+
+    >>> points(-0.031), points(-0.0001)
+    ('−3.1', '0.0')
+    """
+    text = f"{100 * difference:+.1f}".replace("-", "−")
+    return "0.0" if text in ("−0.0", "+0.0") else text
+
+
+def p_value(p: float) -> str:
+    """A p-value as it is read aloud.
+
+    >>> p_value(0.00004), p_value(0.218)
+    ('p < 0.001', 'p = 0.22')
+    """
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def paired(comparison: Mapping[str, Any]) -> str:
+    """A paired difference with its interval, in points."""
+    low, high = comparison["ci95"]
+    return f"{points(comparison['difference'])} ({points(low)} to {points(high)})"
+
+
+def table(evaluation: Mapping[str, Any]) -> Table:
+    """Base, warmed up, final, majority and chance with intervals, as a table for the terminal."""
+    from rich.table import Table
+
+    comparisons = evaluation["paired"]
+    grid = Table(title=f"Held-out test patients: {evaluation['n']} questions", caption="95 % intervals; − is paired")
+    grid.add_column("model")
+    for heading in ("accuracy", "interval", "− base, points", "− warmed up, points", "boxed", "tokens"):
+        grid.add_column(heading, justify="right")
+    for name in rows_of(evaluation):
+        if name == "chance":
+            grid.add_row(LABELS[name], percent(evaluation["chance"]))
+            continue
+        row = evaluation[name]
+        differences = [comparisons.get(f"{name}-{earlier}") for earlier in ("base", "warmup")]
+        shown = [f"{paired(item)}, {p_value(item['mcnemar_p'])}" if item else "" for item in differences]
+        boxed = percent(row["box_rate"]) if "box_rate" in row else ""
+        length = f"{row['mean_length']:.1f}" if "mean_length" in row else ""
+        grid.add_row(LABELS.get(name, name), percent(row["accuracy"]), interval(row["ci95"]), *shown, boxed, length)
+    return grid
+
+
+def rows_of(evaluation: Mapping[str, Any]) -> list[str]:
+    """The rows of a result table, in order: models, majority option, chance."""
+    return [name for name in (*MODELS, "majority", "chance") if name in evaluation]
+
+
+def verdict(evaluation: Mapping[str, Any]) -> str:
+    """What the rounds added, or that nothing measurable was added; one sentence and its figures."""
+    before = "warmup" if "warmup" in evaluation else "base"
+    name, n = LABELS[before], evaluation["n"]
+    comparison = evaluation["paired"][f"final-{before}"]
+    low, high = comparison["ci95"]
+    figures = f"95 % interval {points(low)} to {points(high)}, {p_value(comparison['mcnemar_p'])}, n = {n:,}"
+    size = f"{100 * abs(comparison['difference']):.1f} points"
+    if low > 0:
+        return f"The rounds raised accuracy over the {name} model by {size} ({figures})."
+    if high < 0:
+        return f"The rounds lowered accuracy below the {name} model's by {size} ({figures}): keep the {name} model."
+    if comparison["only_later"] == comparison["only_earlier"] == 0:
+        return f"The rounds changed no result: final and {name} model were right on the same {n:,} questions."
+    return (
+        f"The interval of final − {name} includes 0: these rounds added nothing that n = {n:,} can show "
+        f"({points(comparison['difference'])} points, {figures}). A true difference under "
+        f"{100 * comparison['detectable']:.1f} points would more often than one time in five be missed at this n."
+    )
+
+
+def baselines(evaluation: Mapping[str, Any]) -> str:
+    """How the final model stands against chance and against always choosing the most frequent option; one sentence."""
+    (low, high), chance = evaluation["final"]["ci95"], evaluation["chance"]
+    if low > chance:
+        against_chance = f"The final model is above chance ({percent(chance)})"
+    elif high < chance:
+        against_chance = f"The final model is below chance ({percent(chance)})"
+    else:
+        against_chance = f"The final model cannot be told from chance ({percent(chance)})"
+    comparison = evaluation["paired"]["final-majority"]
+    figures = f"{paired(comparison)} points, {p_value(comparison['mcnemar_p'])}"
+    if comparison["ci95"][0] > 0:
+        return f"{against_chance} and better than always choosing the most frequent option ({figures})."
+    if comparison["ci95"][1] < 0:
+        return f"{against_chance} and worse than always choosing the most frequent option ({figures})."
+    return f"{against_chance}; it cannot be told from always choosing the most frequent option ({figures})."

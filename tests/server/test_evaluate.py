@@ -1,0 +1,95 @@
+"""The pooled result and the sentences about it."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from wardround.common.errors import ProtocolError
+from wardround.common.statistics import Tally, summarise
+from wardround.server.evaluate import baselines, evaluate, pool, table, verdict, write_evaluation
+
+SECTIONS = {"albumin": "Laboratory", "sex": "Patient"}
+
+
+def tally(only_warmup: int, only_final: int, both: int, neither: int, majority: int = 0) -> Tally:
+    """Counts of one target's questions; base is always wrong; `majority` of `neither` go to the majority option."""
+    result = Tally.empty(list(SECTIONS), ["base", "warmup", "final"])
+    result.patterns[0, [0b0100, 0b1000, 0b1100, 0b0000, 0b0001]] = [
+        only_warmup,
+        only_final,
+        both,
+        neither - majority,
+        majority,
+    ]
+    result.chance[:] = result.n * 504
+    return result
+
+
+def summary(*counts: int) -> dict:
+    return summarise(tally(*counts), SECTIONS, n_bootstrap=4000)
+
+
+def test_sites_are_pooled_by_adding_their_counts() -> None:
+    tallies = [tally(3, 5, 20, 22), tally(0, 1, 9, 30), tally(2, 2, 2, 2)]
+    evaluation = evaluate(tallies, SECTIONS, 1000, seed=1)
+    assert evaluation["n"] == 98
+    assert evaluation["sites"] == 3
+    assert evaluation["final"]["correct"] == 5 + 20 + 1 + 9 + 2 + 2
+    assert np.array_equal(pool(tallies[::-1]).patterns, pool(tallies).patterns)
+    with pytest.raises(ProtocolError, match="got none"):
+        pool([])
+
+
+def test_evaluation_json_has_what_others_rely_on(tmp_path: Path) -> None:
+    write_evaluation(tmp_path / "evaluation.json", summary(10, 20, 50, 80))
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    for name in ("base", "warmup", "final", "majority"):
+        assert set(written[name]) >= {"accuracy", "ci95", "n"}
+        low, high = written[name]["ci95"]
+        assert 0 <= low <= written[name]["accuracy"] <= high <= 1
+    assert isinstance(written["chance"], float)
+    assert isinstance(written["mcnemar_p"], float)
+    assert set(written["by_feature"]["albumin"]["final"]) >= {"accuracy", "ci95", "n"}
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+def test_the_verdict_says_what_the_interval_says() -> None:
+    assert "raised accuracy over the warmed up model by 12.5 points" in verdict(summary(10, 50, 100, 160))
+    assert "lowered accuracy below the warmed up model's by 12.5 points" in verdict(summary(50, 10, 100, 160))
+    nothing = verdict(summary(30, 34, 100, 156))
+    assert "includes 0: these rounds added nothing that n = 320 can show (+1.2 points" in nothing
+    assert "would more often than one time in five be missed" in nothing
+    assert "changed no result" in verdict(summary(0, 0, 100, 220))
+
+
+def test_a_run_without_warm_up_is_compared_with_the_base() -> None:
+    counts = Tally.empty(["albumin"], ["base", "final"])
+    counts.patterns[0, [0b000, 0b100, 0b110]] = [100, 60, 160]
+    counts.chance[:] = 320 * 504
+    assert "over the base model" in verdict(summarise(counts, SECTIONS, n_bootstrap=1000))
+
+
+def test_baselines_are_named_honestly() -> None:
+    assert "above chance (20.0 %) and better than always" in baselines(summary(0, 40, 120, 160))
+    assert "cannot be told from chance" in baselines(summary(0, 10, 54, 256, 60))
+    assert "below chance" in baselines(summary(0, 0, 10, 310, 0))
+    assert "worse than always choosing the most frequent option" in baselines(summary(0, 0, 70, 250, 150))
+
+
+def test_the_terminal_table_names_every_row() -> None:
+    console = Console(width=140, record=True, file=None, quiet=False)
+    with console.capture() as captured:
+        console.print(table(summary(10, 20, 50, 80)))
+    text = captured.get()
+    for word in ("base", "warmed up", "final", "majority option", "chance", "20.0 %", "p = "):
+        assert word in text
+
+
+def test_examples_in_the_docstrings_hold() -> None:
+    import doctest
+
+    assert doctest.testmod(import_module("wardround.server.evaluate")).failed == 0
+    assert doctest.testmod(import_module("wardround.common.statistics")).failed == 0
