@@ -1,0 +1,174 @@
+"""What the coordinator must find again after a kill: one atomic file a phase under OUT/journal/.
+
+Run by the coordinator. Enters: what a phase ended with. Leaves: nothing. Holds no patient value: adapters, counts that
+were sent anyway, names of sites.
+
+    journal/run.record             run id, config, digest; made first, so that a folder belongs to one run
+    journal/warmup.record          round-0 adapter, manifest, warm-up report
+    journal/schema.record          the question schema
+    journal/baseline.record        validation of round 0
+    journal/round-00001-train.record     who trained, and their statistics
+    journal/round-00001-apply.record     the new global vector and the optimizer's state
+    journal/round-00001-validate.record  validation, the decision, the line of rounds.jsonl
+    journal/evaluate.record        the sites' test counts
+    journal/finalize.record        the final adapter's digest, who has it
+
+A phase whose file is there is complete and is not repeated; one whose file is missing is done again from the start,
+which gives the same result, because sites answer a repeated instruction from their own disk.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from ..common.config import RunConfig
+from ..common.errors import RunFolderError, VerificationError
+from ..common.files import Record, read_record, sync_folder, write_atomic, write_record
+
+_RUN = "run"
+
+
+@dataclass(frozen=True, eq=False)
+class Journal:
+    """An open journal; only one process has it open at a time."""
+
+    folder: Path
+    run_id: str
+    resumed: bool
+    _lock: int
+
+    def has(self, phase: str) -> bool:
+        """Whether a phase is complete."""
+        return self._path(phase).exists()
+
+    def write(self, phase: str, values: Mapping[str, Any], vectors: Mapping[str, NDArray[Any]] | None = None) -> None:
+        """Completes a phase, in one atomic write."""
+        write_record(self._path(phase), values, vectors)
+
+    def read(self, phase: str) -> Record:
+        """What a complete phase ended with.
+
+        Raises:
+            RunFolderError: missing or damaged.
+        """
+        try:
+            return read_record(self._path(phase))
+        except FileNotFoundError:
+            raise RunFolderError(f"{self._path(phase)}: missing; the run cannot continue without it") from None
+        except VerificationError as error:
+            raise RunFolderError(f"{error}; delete it to repeat that phase") from None
+
+    def drop(self, phase: str) -> None:
+        """Removes a file that no later step reads (an adapter of an old round)."""
+        self._path(phase).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Lets another process open the journal."""
+        os.close(self._lock)
+
+    def _path(self, phase: str) -> Path:
+        return self.folder / f"{phase}.record"
+
+
+def check_folder(out: Path, config: RunConfig, resume: bool) -> bool:
+    """Whether OUT holds this run, to be continued; writes nothing, so that it can be called before anything is made.
+
+    Raises:
+        RunFolderError: OUT holds something else, a run without --resume, or a run whose config differs.
+    """
+    if out.exists() and not out.is_dir():
+        raise RunFolderError(f"{out}: expected a folder, got a file")
+    path = out / "journal" / f"{_RUN}.record"
+    if not path.exists():
+        # A kill before the first write leaves the folders and the lock: that is still nobody's run.
+        left = [item.name for item in out.iterdir() if item.name != "journal"] if out.exists() else []
+        if left:
+            raise RunFolderError(f"{out}: holds '{sorted(left)[0]}' and no run of wardround; choose a new folder")
+        return False
+    try:
+        values = read_record(path).values
+    except VerificationError as error:
+        raise RunFolderError(f"{error}; choose a new folder") from None
+    if not resume:
+        raise RunFolderError(
+            f"{out}: holds run '{values['name']}'; --resume continues it, or choose another folder for a new run"
+        )
+    if values["config_digest"] != config.digest():
+        raise RunFolderError(f"{out}: --resume: {_difference(json.loads(values['config']), config)}")
+    return True
+
+
+def open_journal(out: Path, config: RunConfig, resume: bool) -> Journal:
+    """The journal of OUT, made for a new run or opened for a resumed one.
+
+    Raises:
+        RunFolderError: as `check_folder`, or another process has the run open.
+    """
+    check_folder(out, config, resume)
+    folder = out / "journal"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise RunFolderError(f"{out}: another process is working on this run") from None
+    path = folder / f"{_RUN}.record"
+    resumed = path.exists()
+    if resumed:
+        run_id = str(read_record(path).values["run_id"])
+    else:
+        run_id = secrets.token_hex(16)
+        write_record(
+            path,
+            {"run_id": run_id, "name": config.name, "config": config.to_json(), "config_digest": config.digest()},
+        )
+        sync_folder(out)
+    return Journal(folder, run_id, resumed, lock)
+
+
+def check_disk(out: Path, needed_bytes: int) -> None:
+    """Refuses to start a run that would fill the disk.
+
+    Raises:
+        RunFolderError: says what is needed and what is free.
+    """
+    there = out.absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if free < needed_bytes:
+        raise RunFolderError(
+            f"{out}: not enough disk: the run needs about {needed_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        )
+
+
+def write_rounds(out: Path, records: list[dict[str, Any]]) -> None:
+    """rounds.jsonl, whole, from the journal's records: a resumed run has no line twice."""
+    lines = [json.dumps(record, sort_keys=True) + "\n" for record in records]
+    write_atomic(out / "rounds.jsonl", "".join(lines).encode(), mode=0o644)
+
+
+def _difference(before: Mapping[str, Any], config: RunConfig, path: str = "") -> str:
+    """The first key whose value differs, with both values."""
+    now = json.loads(config.to_json())
+    pairs = [(before, now, path)]
+    while pairs:
+        old, new, where = pairs.pop(0)
+        for key in sorted({*old, *new}):
+            name = f"{where}.{key}" if where else key
+            if isinstance(old.get(key), dict) and isinstance(new.get(key), dict):
+                pairs.append((old[key], new[key], name))
+            elif old.get(key) != new.get(key) and not name.startswith("speed."):
+                return f"'{name}' was {old.get(key)!r} when the run began, now {new.get(key)!r}; a run keeps its config"
+    return "the run began with another version of the config; a run keeps its config"
