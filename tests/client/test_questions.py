@@ -1,0 +1,286 @@
+"""Questions from a registry (client/questions.py, client/options.py)."""
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from wardround.client.options import draw_options
+from wardround.client.questions import QuestionBuilder
+from wardround.client.registry import Registry, read_registry
+from wardround.common.config import QuestionsConfig
+from wardround.common.counts import grid
+from wardround.common.dictionary import Feature
+from wardround.common.errors import ConfigError, VerificationError
+from wardround.common.question import PromptTemplate, Question, load_prompt
+from wardround.common.schema import FeatureSchema, Schema, count, derive_schema
+from wardround.simulations.synthetic_registry import make
+
+ROWS = 3000
+SETTINGS = QuestionsConfig(features_per_record=50)
+# One marked line a feature, so that a test can read back which ones a record shows.
+MARKED = PromptTemplate(
+    name="marked", language="en", system="", line="<{label}|{value}>", question="?{label}", outcome="?{question}",
+    option="{letter}={value}", user="{record}\n{question}\n{options}", cue="", forced="\\boxed{",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory) -> Registry:
+    table, dictionary = make(ROWS, seed=5)
+    hide = {"urea": ("creatinine",)}
+    features = tuple(f.model_copy(update={"hide": hide.get(f.name, ())}) for f in dictionary.features)
+    path = tmp_path_factory.mktemp("questions") / "table.parquet"
+    table.to_parquet(path)
+    return read_registry(path, dictionary.model_copy(update={"features": features}))
+
+
+@pytest.fixture(scope="module")
+def schema(registry: Registry) -> Schema:
+    return derive_schema(count(registry.values, registry.dictionary), registry.dictionary, SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def asked(registry: Registry, schema: Schema) -> tuple[list[Question], np.ndarray]:
+    builder = QuestionBuilder(registry, schema, MARKED, SETTINGS)
+    return builder.build_with_rows(np.tile(np.arange(ROWS), 5), np.random.default_rng(0))
+
+
+def shown(question: Question, registry: Registry) -> dict[str, str]:
+    names = {feature.label: feature.name for feature in registry.dictionary.used}
+    return {names[label]: value for label, value in re.findall(r"<(.*?)\|(.*?)>", question.text)}
+
+
+def value_of(registry: Registry, name: str, row: int) -> str:
+    feature = registry.dictionary.feature(name)
+    value = registry.values[name][row]
+    return list(feature.levels.values())[value] if feature.kind == "category" else f"{value:.{feature.decimals}f}"
+
+
+def test_the_truth_is_among_the_options_exactly_once(asked, registry: Registry):
+    questions, rows = asked
+    assert len(questions) == len(rows) > 14_000
+    for question, row in zip(questions, rows, strict=True):
+        assert len(set(question.options)) == len(question.options)
+        assert question.options[question.answer] == value_of(registry, question.target, row)
+        assert 0 <= question.majority < len(question.options)
+
+
+def test_the_position_of_the_truth_is_uniform(asked, registry: Registry):
+    questions, _ = asked
+    assert {question.target for question in questions} == {feature.name for feature in registry.dictionary.used}
+    for n in {len(question.options) for question in questions}:
+        positions = np.bincount([q.answer for q in questions if len(q.options) == n], minlength=n)
+        assert chisquare(positions).pvalue > 1e-4, (n, positions)
+    for kind in ("feature", "outcome"):  # yes/no by a coin, for either true answer
+        for truth in ("Yes", "No"):
+            mine = [q.answer for q in questions if q.kind == kind and q.options[q.answer] == truth]
+            assert chisquare(np.bincount(mine, minlength=2)).pvalue > 1e-4
+
+
+def test_guessing_the_middle_lowest_or_highest_number_hardly_beats_chance(asked, registry: Registry):
+    """The GCS is left out: most patients have its highest value, which is the highest option of any honest question."""
+    ranks: dict[str, list[int]] = {}
+    for question in asked[0]:
+        if registry.dictionary.feature(question.target).kind == "number" and question.target != "coma_scale":
+            numbers = [float(option) for option in question.options]
+            ranks.setdefault(question.target, []).append(sorted(numbers).index(numbers[question.answer]))
+    pooled = np.bincount(np.concatenate(list(ranks.values())), minlength=5)
+    assert pooled.sum() > 5000
+    assert np.all(np.abs(pooled / pooled.sum() - 0.2) < 0.02), pooled
+    for name, mine in ranks.items():
+        assert np.all(np.abs(np.bincount(mine, minlength=5) / len(mine) - 0.2) < 0.09), name
+
+
+def test_options_of_numbers_keep_range_and_decimals(asked, registry: Registry):
+    for question in asked[0]:
+        feature = registry.dictionary.feature(question.target)
+        if feature.kind == "number":
+            low, high = feature.bounds
+            for option in question.options:
+                assert low <= float(option) <= high
+                assert len(option.partition(".")[2]) == feature.decimals
+
+
+def test_a_feature_above_the_threshold_never_appears_in_the_record(registry: Registry):
+    counts = count(registry.values, registry.dictionary)
+    for threshold in (0.02, 0.1, 0.5):
+        settings = SETTINGS.model_copy(update={"mi_threshold": threshold})
+        schema = derive_schema(counts, registry.dictionary, settings)
+        assert any(schema.shortcuts.values())
+        questions = QuestionBuilder(registry, schema, MARKED, settings).build(np.arange(ROWS), np.random.default_rng(1))
+        for question in questions:
+            for name in shown(question, registry):
+                assert schema.mi[question.target][name] <= threshold + 1e-4  # the table is rounded to 4 decimals
+                assert name not in schema.hidden[question.target]
+
+
+def test_the_record_shows_known_context_and_nothing_else(asked, registry: Registry, schema: Schema):
+    dictionary = registry.dictionary
+    for question, row in zip(*asked, strict=True):
+        context = dictionary.context_of(dictionary.feature(question.target))
+        expected = {
+            feature.name: value_of(registry, feature.name, row)
+            for feature in context
+            if feature.name not in schema.hidden[question.target]
+            and (registry.values[feature.name][row] >= 0 or registry.values[feature.name][row] < -1)
+        }
+        assert shown(question, registry) == expected
+        assert "died" not in expected and question.target not in expected
+        if question.target == "died":
+            assert "late_lactate" not in expected  # known at the outcome's time
+        if question.target == "urea":
+            assert "creatinine" not in expected  # hidden by the dictionary
+
+
+def test_outcomes_are_asked_in_the_share_that_the_config_says(registry: Registry, schema: Schema):
+    rows = np.arange(ROWS)
+    for share in (0.0, 0.25, 1.0):
+        builder = QuestionBuilder(registry, schema, MARKED, SETTINGS.model_copy(update={"outcome_share": share}))
+        kinds = [question.kind for question in builder.build(rows, np.random.default_rng(0))]
+        assert abs(kinds.count("outcome") / len(kinds) - share) <= (0.03 if 0 < share < 1 else 0)
+
+
+@pytest.mark.parametrize("limit", [1, 4, 16])
+def test_a_record_shows_a_random_subset_in_dictionary_order(registry: Registry, schema: Schema, limit: int):
+    builder = QuestionBuilder(registry, schema, MARKED, SETTINGS.model_copy(update={"features_per_record": limit}))
+    questions = builder.build(np.arange(500), np.random.default_rng(0))
+    features = registry.dictionary.with_role("feature")
+    sections = list(dict.fromkeys(feature.section for feature in features))
+    order = [feature.name for section in sections for feature in features if feature.section == section]
+    seen: set[str] = set()
+    for question in questions:
+        names = list(shown(question, registry))
+        assert 1 <= len(names) <= limit
+        assert names == sorted(names, key=order.index)
+        seen.update(names)
+    assert len(seen) == len(order)
+
+
+def test_the_same_generator_state_gives_the_same_questions(registry: Registry, schema: Schema):
+    builder = QuestionBuilder(registry, schema, load_prompt("en"), SETTINGS)
+    one, same, other = (builder.build(np.arange(200), np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert one == same != other
+
+
+def test_a_question_depends_on_no_other_patient(registry: Registry, schema: Schema):
+    row = np.array([17])
+    alone = QuestionBuilder(registry.take(row), schema, MARKED, SETTINGS).build(np.array([0]), np.random.default_rng(3))
+    among = QuestionBuilder(registry, schema, MARKED, SETTINGS).build(row, np.random.default_rng(3))
+    assert alone == among
+
+
+def test_only_the_targets_given_are_asked(registry: Registry, schema: Schema):
+    builder = QuestionBuilder(registry, schema, MARKED, SETTINGS)
+    questions, rows = builder.build_with_rows(np.arange(300), np.random.default_rng(0), targets=["urea", "age"])
+    assert {question.target for question in questions} == {"urea", "age"}
+    assert len(rows) == 300
+    only = builder.build_with_rows(np.arange(300), np.random.default_rng(0), targets=["urea"])[1]
+    assert only.tolist() == np.flatnonzero(~np.isnan(registry.values["urea"][:300])).tolist()
+    with pytest.raises(ConfigError, match="'hospital' is not asked"):
+        builder.build(np.arange(3), np.random.default_rng(0), targets=["hospital"])
+
+
+def test_no_rows_and_rows_without_values_give_no_question(registry: Registry, schema: Schema):
+    builder = QuestionBuilder(registry, schema, MARKED, SETTINGS)
+    assert builder.build(np.empty(0, np.int64), np.random.default_rng(0)) == []
+    empty = {name: np.full(2, -1 if v.dtype.kind == "i" else np.nan, v.dtype) for name, v in registry.values.items()}
+    empty["age"][0] = 50.0  # a target, but nothing to show with it
+    bare = Registry(registry.dictionary, registry.patients[:2], empty)
+    questions, rows = QuestionBuilder(bare, schema, MARKED, SETTINGS).build_with_rows(
+        np.array([0, 1]), np.random.default_rng(0)
+    )
+    assert questions == [] and len(rows) == 0
+
+
+def test_a_schema_of_another_dictionary_is_refused(registry: Registry, schema: Schema):
+    with pytest.raises(VerificationError):
+        QuestionBuilder(registry, schema.model_copy(update={"dictionary_digest": "0" * 64}), MARKED, SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["en", "en_short", "ko"])
+def test_every_template_writes_record_question_and_options(registry: Registry, schema: Schema, name: str):
+    template = load_prompt(name)
+    builder = QuestionBuilder(registry, schema, template, SETTINGS)
+    questions = builder.build(np.arange(40), np.random.default_rng(0))
+    for question in questions:
+        feature = registry.dictionary.feature(question.target)
+        assert (feature.question or feature.label) in question.text
+        for letter, option in zip("ABCDE", question.options, strict=False):
+            assert f"{letter}. {option}" in question.text
+        headings = re.findall(r"^\[(.*)\]$", question.text, re.MULTILINE)
+        assert bool(headings) == bool(template.section)
+        assert len(headings) == len(set(headings))
+        if template.masked and question.kind == "feature":
+            assert question.section in headings
+            assert question.text.count(template.masked.format(label=feature.label, unit="")) == 1
+
+
+def test_the_short_template_is_short(registry: Registry, schema: Schema):
+    settings = SETTINGS.model_copy(update={"features_per_record": 16})
+    questions = QuestionBuilder(registry, schema, load_prompt("en_short"), settings).build(
+        np.arange(200), np.random.default_rng(0)
+    )
+    assert np.mean([len(question.text) for question in questions]) < 600
+
+
+def test_levels_are_drawn_by_frequency_and_never_twice():
+    feature = Feature(name="x", label="x", section="S", levels={str(i): str(i) for i in range(6)})
+    schema = FeatureSchema(name="x", known=100, frequencies=(0.4, 0.3, 0.2, 0.08, 0.02, 0.0))
+    drawn = draw_options(np.full(20_000, 3), feature, schema, 3, 2.0, np.random.default_rng(0))
+    assert np.all(np.sort(drawn.values, axis=1)[:, :-1] != np.sort(drawn.values, axis=1)[:, 1:])
+    often = np.bincount(drawn.values.ravel(), minlength=6) / 20_000
+    assert often[3] == 1 and often[5] == 0
+    assert often[0] > often[1] > often[2] > often[4] > 0
+    weights = np.array([0.4, 0.3, 0.2, 0.02]) / 0.92  # first draw, then second draw without replacement
+    expected = weights + [
+        sum(weights[j] * w / (1 - weights[j]) for j in range(4) if j != i) for i, w in enumerate(weights)
+    ]
+    np.testing.assert_allclose(often[[0, 1, 2, 4]], expected, atol=0.02)
+    best = np.take_along_axis(np.array(schema.frequencies)[drawn.values], drawn.majority[:, None], 1)[:, 0]
+    assert np.all(best == np.array(schema.frequencies)[drawn.values].max(1))
+
+
+def test_ladder_steps_are_two_sds_of_a_component_drawn_by_its_density():
+    feature = Feature(name="x", label="x", kind="number", section="S", low=-1000, high=1000, decimals=1)
+    schema = FeatureSchema(name="x", known=100, weights=(0.5, 0.5), means=(0.0, 0.0), sds=(1.0, 4.0))
+    drawn = draw_options(np.zeros(20_000), feature, schema, 5, 2.0, np.random.default_rng(0))
+    steps = np.diff(np.sort(drawn.values, axis=1), axis=1)
+    assert np.all(steps == steps[:, :1])
+    assert set(steps[:, 0].tolist()) == {20, 80}  # in tenths
+    assert np.mean(steps[:, 0] == 20) == pytest.approx(0.8, abs=0.01)  # densities at 0 are 4 : 1
+    ranks = np.argmax(np.sort(drawn.values, axis=1) == 0, axis=1)
+    assert chisquare(np.bincount(ranks, minlength=5)).pvalue > 1e-4
+    far = draw_options(np.full(2000, 12.0), feature, schema, 5, 2.0, np.random.default_rng(0))
+    assert np.all(np.diff(np.sort(far.values, axis=1), axis=1) == 80)  # twelve sds off the narrow one
+
+
+@given(
+    st.integers(0, 10**6),
+    st.integers(0, 2),
+    st.integers(1, 400),
+    st.floats(0.001, 300),
+    st.integers(2, 10),
+    st.sampled_from(["linear", "log"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_ladder_holds_the_truth_once_and_stays_in_range(seed, decimals, width, sd, n_options, scale):
+    rng = np.random.default_rng(seed)
+    low = float(rng.integers(1, 50))
+    entry = {"name": "x", "label": "x", "kind": "number", "section": "S", "low": low, "high": low + width}
+    feature = Feature.model_validate({**entry, "decimals": decimals, "scale": scale})
+    points = grid(feature)
+    truth = points.value(rng.integers(points.first, points.last + 1, size=64))
+    truth[:2] = feature.bounds
+    mean, spread = (np.log(low + width / 2), sd / 100) if scale == "log" else (low + width / 2, sd)
+    schema = FeatureSchema(name="x", known=9, weights=(1.0,), means=(float(mean),), sds=(spread,))
+    drawn = draw_options(truth, feature, schema, n_options, 2.0, rng)
+    assert drawn.values.shape == (64, min(n_options, points.size))
+    assert np.all(np.diff(np.sort(drawn.values, axis=1), axis=1) > 0)
+    assert drawn.values.min() >= points.first and drawn.values.max() <= points.last
+    np.testing.assert_array_equal(drawn.values[np.arange(64), drawn.answer], points.index(truth))
+    if scale == "linear":
+        steps = np.diff(np.sort(drawn.values, axis=1), axis=1)
+        assert np.all(steps == steps[:, :1])  # even: no gap tells where the truth is
