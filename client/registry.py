@@ -239,8 +239,10 @@ def clean_numbers(raw: np.ndarray, feature: Feature, unit: str | float | None = 
         feature: the dictionary's entry.
         unit: the hospital's unit or factor; None: the dictionary's.
     """
-    factor, offset = (1.0, 0.0) if unit is None else conversion(feature, unit)
-    converted = raw * factor + offset
+    converted = raw
+    if unit is not None:
+        factor, offset = conversion(feature, unit)
+        converted = raw * factor + offset
     sentinel = np.zeros(len(raw), dtype=bool)
     for mark in feature.sentinels:
         if not isinstance(mark, str):

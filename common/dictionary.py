@@ -25,9 +25,10 @@ from .errors import ConfigError, DictionaryError
 Role = Literal["id", "site", "feature", "outcome", "excluded"]
 Name = Annotated[str, Field(min_length=1, pattern=r"^[^\r\n]+$")]
 
-# A stored float may differ a little from the documented fill-in (1.01 is kept as 1.0098), so a sentinel
-# matches within this share of itself; 0 matches 0 only.
-SENTINEL_RELATIVE_TOLERANCE = 5e-4
+# A stored float differs a little from what was typed (333.3 is kept as 333.3125), so a sentinel matches within this
+# share of itself: 5 significant digits. Tight enough to tell a fill-in pH of 7.4 from a measured one kept as 7.3994;
+# write sentinels as the table holds them. 0 matches 0 only.
+SENTINEL_RELATIVE_TOLERANCE = 5e-5
 
 
 class Feature(Frozen):
@@ -129,15 +130,13 @@ class Dictionary(Frozen):
             unknown = [name for name in feature.hide if name not in seen]
             if unknown:
                 raise ValueError(f"feature '{feature.name}' hides '{unknown[0]}', which the dictionary does not have")
-        shown: dict[tuple[str, str], str] = {}
+        shown: dict[str, str] = {}
         for feature in self.features:
-            if not feature.used:
-                continue
-            other = shown.setdefault((feature.section, feature.label), feature.name)
+            other = shown.setdefault(feature.label, feature.name) if feature.used else feature.name
             if other != feature.name:
                 raise ValueError(
-                    f"features '{other}' and '{feature.name}' have the same label '{feature.label}' "
-                    f"in section '{feature.section}': a question could not tell them apart"
+                    f"features '{other}' and '{feature.name}' have the same label '{feature.label}': "
+                    f"a question could not tell them apart (short prompts show no section)"
                 )
         return self
 
