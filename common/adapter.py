@@ -182,5 +182,7 @@ def _same_names(got: Sequence[str] | Any, expected: Sequence[str]) -> None:
 def _finite(vector: Float32Array) -> None:
     # One dot product instead of isfinite: no boolean array of the vector's size. It may overflow for finite values,
     # so a bad sum is confirmed value by value.
-    if not np.isfinite(np.dot(vector, vector)) and not np.isfinite(vector).all():
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = np.dot(vector, vector)
+    if not np.isfinite(total) and not np.isfinite(vector).all():
         raise VerificationError("adapter vector: holds NaN or infinity")

@@ -14,6 +14,7 @@ adapter changes nothing. Adapter tensors are float32 whatever the base is.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -146,8 +147,13 @@ class LanguageModel:
             finally:
                 self.set_vector(current)
         else:
-            with self.model.disable_adapter():
-                yield
+            wanted = {name: parameter.requires_grad for name, parameter in self.parameters.items()}
+            try:
+                with self.model.disable_adapter():
+                    yield
+            finally:  # peft unfreezes every adapter tensor when it enables them again, A of `ffa` too
+                for name, parameter in self.parameters.items():
+                    parameter.requires_grad_(wanted[name])
 
     def save_adapter(self, folder: Path) -> None:
         """Writes the adapter in peft's format (adapter_config.json, safetensors); under `full` the whole model."""
@@ -260,7 +266,8 @@ def _with_lora(base: Any, lora: LoraConfig, model_id: str) -> Any:
         r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
     )
     # peft's initialisation draws from the global generator: keep the caller's stream untouched, ours comes after.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft's
         try:
             return get_peft_model(base, settings)
         except ValueError as error:
