@@ -92,7 +92,14 @@ def _answer(node: int, message: Message, bytes_down: int) -> Answer:
 
 
 def run(
-    grid: Grid, config: RunConfig, dictionary: Dictionary, out: Path, *, resume: bool, progress: Progress | None = None
+    grid: Grid,
+    config: RunConfig,
+    dictionary: Dictionary,
+    out: Path,
+    *,
+    resume: bool,
+    simulated: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """A whole run over a Flower grid: the content of evaluation.json.
 
@@ -100,7 +107,15 @@ def run(
         RunFolderError: OUT holds another run; QuorumError: too few sites; others as server/rounds.py says.
     """
     exchange = FlowerExchange(grid, config.federation.phase_timeout_s)
-    return run_all(exchange, config, dictionary, out, resume=resume, progress=progress or SilentProgress())
+    return run_all(
+        exchange,
+        config,
+        dictionary,
+        out,
+        resume=resume,
+        simulated=simulated,
+        progress=progress or SilentProgress(),
+    )
 
 
 @app.main()

@@ -131,6 +131,41 @@ class Coordinator:
         write_evaluation(self.out / "evaluation.json", result)
         return result
 
+    def finalize(
+        self,
+        final: GlobalModel,
+        schema: Schema,
+        rounds: Rounds,
+        state: State,
+        evaluation: dict[str, Any],
+        simulated: bool,
+    ) -> None:
+        """OUT/adapter and OUT/model, merged and verified."""
+        if self.journal.has("finalize"):
+            return
+        from ..common.lm import models
+        from .finalize import finalize
+        from .provenance import provenance
+
+        records = rounds.finished_records()
+        facts = provenance(
+            self.config,
+            base_digest=final.manifest.base_digest,
+            adapter_digest=final.digest,
+            schema_digest=schema.digest(),
+            dictionary_digest=self.dictionary.digest(),
+            sites=len(self.consortium.cohort.names),
+            rounds_run=len(records),
+            kept_round=state.best.round_index,
+            questions_trained=sum(record["questions"] for record in records),
+            simulated=simulated,
+            public=self.dictionary.public,
+        )
+        self.consortium.progress.note("merging and verifying the final model")
+        lm = models.shared(self.config.model, self.config.lora, self.config.seed)
+        lm.set_vector(final.full, trainable_only=False)
+        finalize(lm, self.out, facts, evaluation=evaluation)
+
     def hand_back(self, final: GlobalModel, index: int) -> None:
         """The final adapter to every site; a site that is away gets it when the run is resumed."""
         if self.journal.has("finalize"):
@@ -174,7 +209,14 @@ class Coordinator:
 
 
 def run_all(
-    exchange: Exchange, config: RunConfig, dictionary: Dictionary, out: Path, *, resume: bool, progress: Progress
+    exchange: Exchange,
+    config: RunConfig,
+    dictionary: Dictionary,
+    out: Path,
+    *,
+    resume: bool,
+    simulated: bool,
+    progress: Progress,
 ) -> dict[str, Any]:
     """A whole run, from an empty folder or from wherever its journal says.
 
@@ -200,8 +242,9 @@ def run_all(
             tracker.close()
         final = state.best_model
         evaluation = run.evaluate(schema, round_zero, final, config.federation.rounds)
-        run.hand_back(final, config.federation.rounds)
         run.summary(round_zero, rounds, state, warmup_report)
+        run.finalize(final, schema, rounds, state, evaluation, simulated)
+        run.hand_back(final, config.federation.rounds)
         return evaluation
     finally:
         journal.close()
