@@ -8,7 +8,7 @@ changed, removed, inserted or reordered line is found. `Ledger.append` returns o
 fsync: a machine that dies afterwards has recorded more than it sent, never less. A last line that was cut by a crash
 was never followed by an egress; it is dropped and the next entry says so.
 
-Not protected: whoever holds the site's disk can rewrite the whole chain, or cut its tail. Lines are not signed and not
+Not protected: whoever holds the site's disk can rewrite the whole chain, change its last line or cut its tail. Lines are not signed and not
 countersigned by the coordinator.
 """
 

@@ -1,0 +1,57 @@
+"""Records: what is read is what was written, or it is known to be damaged."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from wardround.common.errors import VerificationError
+from wardround.common.files import private_folder, read_record, write_atomic, write_record
+
+VECTORS = {
+    "a": np.arange(5, dtype=np.float32),
+    "b": np.array([], np.int64),
+    "c": np.array([1e300, -0.0]),
+    "d": np.frombuffer(b"xyz", np.uint8),
+}
+
+
+def test_a_record_gives_back_values_and_vectors_bit_for_bit(tmp_path: Path):
+    write_record(tmp_path / "r", {"text": "é", "list": [1, None]}, VECTORS)
+    record = read_record(tmp_path / "r")
+    assert record.values == {"text": "é", "list": [1, None]}
+    assert {name: (v.dtype, v.tobytes()) for name, v in record.vectors.items()} == {
+        name: (v.dtype, v.tobytes()) for name, v in VECTORS.items()
+    }
+
+
+def test_every_changed_byte_and_every_cut_is_found(tmp_path: Path):
+    write_record(tmp_path / "r", {"n": 1}, {"a": VECTORS["a"]})
+    good = (tmp_path / "r").read_bytes()
+    damaged = [good[:i] + bytes([good[i] ^ 1]) + good[i + 1 :] for i in range(len(good))]
+    damaged += [good[:i] for i in range(len(good))] + [good + b"\0"]
+    for data in damaged:
+        (tmp_path / "r").write_bytes(data)
+        with pytest.raises(VerificationError, match="damaged"):
+            read_record(tmp_path / "r")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
+    write_atomic(tmp_path / "f", b"old")
+    with pytest.raises(TypeError):
+        write_atomic(tmp_path / "f", b"new", "not bytes")  # type: ignore[arg-type]
+    assert (tmp_path / "f").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_state_is_for_its_owner_only(tmp_path: Path):
+    folder = private_folder(tmp_path / "a" / "state")
+    write_atomic(folder / "f", b"x")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert (folder / "f").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("vector", [np.zeros((2, 2), np.float32), np.zeros(2, np.int32), np.zeros(2, object)])
+def test_vectors_of_other_kinds_are_refused(tmp_path: Path, vector: np.ndarray):
+    with pytest.raises(ValueError, match="record vector 'v'"):
+        write_record(tmp_path / "r", {}, {"v": vector})
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,246 @@
+"""Wire messages: golden bytes, an independent reading of them, round trips, and every refusal of the decoder."""
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from wardround.common import messages
+from wardround.common.errors import ProtocolError
+from wardround.common.messages import (
+    INSTRUCTIONS,
+    REPLIES,
+    CollectReply,
+    CountReply,
+    Failure,
+    Instruction,
+    Reply,
+    TrainInstruction,
+    TrainReply,
+    ValidateReply,
+    WarmupReply,
+    WireMessage,
+    decode,
+    encode,
+    join,
+    split,
+)
+
+GOLDEN = Path(__file__).parents[1] / "vectors" / "messages.json"
+PREFIX = struct.Struct("<4sHHI")
+
+
+def sample(kind: type[WireMessage]) -> WireMessage:
+    """One message of a kind, every field set to something that its name decides."""
+    scalars, vectors = messages._LAYOUTS[kind.KIND]
+    values: dict[str, object] = {}
+    for name, expected in scalars.items():
+        number = len(name)
+        values[name] = {str: f"{name} é", int: number, float: number / 4, bool: True}[expected]
+    for name, dtype in vectors.items():
+        values[name] = np.arange(-1, 3, dtype=dtype)
+    return kind(**values)
+
+
+def golden() -> dict[str, str]:
+    """What GOLDEN holds: `python -m tests.common.test_messages` writes it again after a change of the protocol."""
+    return {kind.__name__: encode(sample(kind)).hex() for kind in (*INSTRUCTIONS, *REPLIES)}
+
+
+def with_header(message: WireMessage, header: bytes) -> bytes:
+    head, vectors = split(message)
+    kind = PREFIX.unpack_from(head)[2]
+    return PREFIX.pack(b"WARD", messages.PROTOCOL_VERSION, kind, len(header)) + header + b"".join(vectors.values())
+
+
+def header_of(message: WireMessage) -> dict:
+    return json.loads(split(message)[0][PREFIX.size :])
+
+
+def canonical(header: dict) -> bytes:
+    return json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+
+
+def test_every_kind_has_the_bytes_that_were_published():
+    assert golden() == json.loads(GOLDEN.read_text())
+
+
+def test_kinds_and_routes_are_unique():
+    assert len({kind.KIND for kind in (*INSTRUCTIONS, *REPLIES)}) == len(INSTRUCTIONS) + len(REPLIES)
+    assert len({kind.ROUTE for kind in INSTRUCTIONS}) == len(INSTRUCTIONS)
+
+
+@pytest.mark.parametrize("name", json.loads(GOLDEN.read_text()))
+def test_a_straightforward_reader_finds_every_field_in_the_bytes(name: str):
+    data = bytes.fromhex(json.loads(GOLDEN.read_text())[name])
+    kind = getattr(messages, name)
+    magic, version, number, size = PREFIX.unpack_from(data)
+    header = json.loads(data[PREFIX.size : PREFIX.size + size])
+    rest = data[PREFIX.size + size :]
+    expected = sample(kind)
+    assert (magic, version, number) == (b"WARD", 1, kind.KIND)
+    assert header["fields"] == {key: getattr(expected, key) for key in header["fields"]}
+    for key in [item for item in vars(expected) if item in header["vectors"]]:
+        values = getattr(expected, key)
+        raw, rest = rest[: values.nbytes], rest[values.nbytes :]
+        assert raw == values.tobytes()
+        assert header["vectors"][key] == {"count": len(values), "sha256": hashlib.sha256(raw).hexdigest()}
+    assert rest == b""
+
+
+@pytest.mark.parametrize("kind", [*INSTRUCTIONS, *REPLIES])
+def test_decoding_gives_back_what_was_encoded(kind: type[WireMessage]):
+    message = sample(kind)
+    assert decode(encode(message), kind) == message
+    assert join(*split(message), kind) == message
+    assert decode(encode(message), Instruction if issubclass(kind, Instruction) else Reply) == message
+
+
+@given(
+    delta=hnp.arrays(np.float32, st.integers(0, 40), elements=st.floats(width=32)),
+    weight=st.integers(-(2**63), 2**63 - 1),
+    site=st.text(),
+)
+def test_any_update_survives_the_round_trip_bit_for_bit(delta: np.ndarray, weight: int, site: str):
+    site = site.encode("utf-8", "ignore").decode()
+    message = CollectReply(run_id="r", site=site, round_index=1, weight=weight, delta=delta)
+    again = decode(encode(message), CollectReply)
+    assert again.delta.tobytes() == delta.tobytes()
+    assert (again.weight, again.site) == (weight, site)
+
+
+@given(seconds=st.floats(allow_nan=False, allow_infinity=False), histogram=st.lists(st.integers(-(2**63), 2**63 - 1)))
+def test_any_finite_number_survives_the_round_trip(seconds: float, histogram: list[int]):
+    message = TrainReply(
+        run_id="r", site="s", round_index=1, steps=1, questions=2, completions=3, reward_sum=seconds, boxed=0,
+        completion_tokens=0, seconds=seconds, reward_histogram=np.array(histogram, np.int64),
+    )  # fmt: skip
+    assert encode(decode(encode(message), TrainReply)) == encode(message)
+
+
+@given(data=st.binary(max_size=200))
+def test_noise_is_refused_with_our_own_error(data: bytes):
+    with pytest.raises(ProtocolError):
+        decode(data, WireMessage)
+
+
+@given(position=st.integers(0), value=st.integers(0, 255))
+def test_a_changed_byte_is_refused_or_gives_another_valid_message(position: int, value: int):
+    good = encode(sample(ValidateReply))
+    position %= len(good)
+    bad = good[:position] + bytes([value]) + good[position + 1 :]
+    try:
+        again = decode(bad, WireMessage)
+    except ProtocolError:
+        return
+    assert encode(again) == bad
+
+
+@given(position=st.integers(0), value=st.integers(0, 255))
+def test_a_changed_byte_of_a_vector_is_always_refused(position: int, value: int):
+    good = encode(sample(CollectReply))
+    start = len(split(sample(CollectReply))[0])
+    position = start + position % (len(good) - start)
+    bad = good[:position] + bytes([value]) + good[position + 1 :]
+    if bad != good:
+        with pytest.raises(ProtocolError, match="SHA-256"):
+            decode(bad, CollectReply)
+
+
+GOOD = encode(sample(WarmupReply))
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (GOOD[:5], "expected at least 12 bytes, got 5"),
+        (b"NOPE" + GOOD[4:], "expected magic b'WARD', got b'NOPE'"),
+        (GOOD[:4] + b"\x02\x00" + GOOD[6:], "expected protocol version 1, got 2"),
+        (GOOD[:6] + b"\x63\x00" + GOOD[8:], "expected a known message kind, got 99"),
+        (GOOD[:8] + b"\xff\xff\xff\xff" + GOOD[12:], "expected a header of at most"),
+        (GOOD[:-1], "expected a header of at most"),
+        (GOOD + b"\x00", f"expected {len(GOOD)} bytes, got {len(GOOD) + 1}"),
+        (with_header(sample(WarmupReply), b"not json"), "expected a canonical JSON header"),
+        (with_header(sample(WarmupReply), b"[" * 9000), "expected a canonical JSON header"),
+        (with_header(sample(WarmupReply), b'{"fields":NaN}'), "expected a canonical JSON header"),
+        (with_header(sample(WarmupReply), b" " + canonical(header_of(sample(WarmupReply)))), "in other bytes"),
+        (with_header(sample(WarmupReply), b"[]"), "expected an object of"),
+        (with_header(sample(WarmupReply), canonical({"fields": {}, "vectors": {}})), "fields: expected an object of"),
+    ],
+)
+def test_malformed_bytes_are_refused_with_what_was_expected(data: bytes, said: str):
+    with pytest.raises(ProtocolError, match=said.replace("[", r"\[")):
+        decode(data, WireMessage)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("patients", "8", "WarmupReply.patients: expected int, got str"),
+        ("patients", True, "WarmupReply.patients: expected int, got bool"),
+        ("patients", 2**63, "expected a 64-bit integer, got 64 bits"),
+        ("site", 3, "WarmupReply.site: expected str, got int"),
+        ("extra", 3, "fields: expected an object of"),
+    ],
+)
+def test_a_field_of_another_type_is_refused_by_name(field: str, value: object, said: str):
+    header = header_of(sample(WarmupReply))
+    header["fields"][field] = value
+    with pytest.raises(ProtocolError, match=said):
+        decode(with_header(sample(WarmupReply), canonical(header)), WarmupReply)
+
+
+@pytest.mark.parametrize("about", [{"count": -1, "sha256": ""}, {"count": 2**40, "sha256": ""}, {"count": 1.0}, 4])
+def test_a_vector_that_is_badly_described_is_refused(about: object):
+    header = header_of(sample(CountReply))
+    header["vectors"]["counts"] = about
+    with pytest.raises(ProtocolError):
+        decode(with_header(sample(CountReply), canonical(header)), CountReply)
+
+
+def test_another_kind_than_expected_is_refused_by_both_names():
+    with pytest.raises(ProtocolError, match="expected TrainReply, got WarmupReply"):
+        decode(GOOD, TrainReply)
+
+
+def test_vectors_must_be_those_of_the_head():
+    head, vectors = split(sample(CollectReply))
+    with pytest.raises(ProtocolError, match="expected vectors"):
+        join(head, {}, CollectReply)
+    with pytest.raises(ProtocolError, match="expected 16 bytes, got 15"):
+        join(head, {"delta": vectors["delta"][:-1]}, CollectReply)
+
+
+@pytest.mark.parametrize("bad", [np.zeros(3), np.zeros((2, 2), np.float32), np.zeros(3, ">f4")])
+def test_a_vector_of_another_type_is_not_encoded(bad: np.ndarray):
+    with pytest.raises(ProtocolError, match="expected 1-D <f4"):
+        encode(CollectReply(run_id="r", site="s", round_index=1, weight=1, delta=bad))
+
+
+def test_infinity_is_not_encoded():
+    with pytest.raises(ProtocolError, match="expected a finite number"):
+        message = sample(TrainReply)
+        encode(TrainReply(**{**vars(message), "seconds": float("inf")}))
+
+
+def test_only_published_kinds_are_encoded():
+    with pytest.raises(ProtocolError, match="expected a message kind"):
+        encode(Reply(run_id="r", site="s", round_index=1))
+
+
+def test_decoded_vectors_cannot_be_written_to():
+    with pytest.raises(ValueError, match="read-only"):
+        decode(encode(sample(TrainInstruction)), TrainInstruction).vector[0] = 1
+
+
+def test_a_failure_carries_a_code_and_no_text():
+    assert set(header_of(sample(Failure))["fields"]) == {"run_id", "site", "round_index", "code"}
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps(golden(), indent=1, sort_keys=True) + "\n")
