@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
+
 from ..common.dictionary import Feature
 from ..common.errors import ConfigError
 
@@ -127,3 +129,32 @@ def conversion(feature: Feature, local: str | float) -> tuple[float, float]:
                 return first[0] * across * last[0], 0.0
         break
     raise ConfigError(f"{where}: no conversion from '{local}' to '{feature.unit}' is known; give a factor instead")
+
+
+_LOCAL_UNITS = (
+    "µmol/L", "mmol/L", "mg/dL", "g/L", "g/dL", "°F", "°C", "kPa", "mmHg", "lb", "kg", "cm", "m", "L/24h", "fraction",
+    "10^9/L", "/µL", "months",
+)  # fmt: skip
+
+
+def plausible_unit(feature: Feature, raw: np.ndarray, wanted: float = 0.95) -> str | None:
+    """The local unit under which at least `wanted` of the values would lie in the plausible range, or None.
+
+    Args:
+        feature: a number of the dictionary.
+        raw: float64 (rows,), values as in the table, NaN missing.
+        wanted: share of the values that must fit.
+    """
+    low, high = feature.bounds
+    known = raw[~np.isnan(raw)]
+    best: tuple[float, str] | None = None
+    for unit in _LOCAL_UNITS:
+        try:
+            factor, offset = conversion(feature, unit)
+        except ConfigError:
+            continue  # this pair has no conversion: not a candidate
+        converted = known * factor + offset
+        fits = float(np.mean((converted >= low) & (converted <= high))) if known.size else 0.0
+        if factor != 1.0 and fits >= wanted and (best is None or fits > best[0]):
+            best = (fits, unit)
+    return best[1] if best else None

@@ -1,0 +1,241 @@
+"""The data-quality table behind `wardround client check`.
+
+Run at one hospital. The hospital's own table, the consortium's dictionary and the mapping enter; counts per column and
+findings come out, for the data manager's eyes. Messages name columns and rows, never a patient's value.
+
+An error is what would make training wrong or unlawful: a direct identifier, a level that the dictionary does not know,
+a column that is missing, constant, or mostly outside its plausible range. Everything else is a note.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from ..common.config import MappingConfig
+from ..common.dictionary import Dictionary, Feature
+from ..common.errors import RegistryError
+from . import identifiers, tables
+from .registry import (
+    check_mapping,
+    clean_numbers,
+    local_columns,
+    missing_words,
+    read_levels,
+    unknown_level_message,
+    words_of,
+)
+from .tables import MISSING_WORDS
+from .units import plausible_unit
+
+# More than this share outside the plausible range is a wrong unit or a wrong column, not a few odd measurements.
+OUT_OF_RANGE_ERROR_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line for the data manager."""
+
+    level: Literal["error", "note"]
+    column: str
+    text: str
+
+
+@dataclass(frozen=True)
+class ColumnQuality:
+    """One dictionary entry as this table fills it; shares are of all rows."""
+
+    name: str
+    label: str
+    role: str
+    kind: str
+    missing: float  # empty cells
+    sentinel: float  # cells that hold a sentinel
+    out_of_range: int  # cells outside low … high
+    unknown_levels: int  # different codes that the dictionary does not know
+    distinct: int  # different values left after cleaning
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The whole result of a check."""
+
+    rows: int
+    patients: int
+    columns: tuple[ColumnQuality, ...]
+    findings: tuple[Finding, ...]
+    not_described: tuple[str, ...]  # columns of the table that the dictionary does not mention
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.level == "error")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {"clean": not self.errors, **asdict(self)}
+
+
+def assess(table: Path, dictionary: Dictionary, mapping: MappingConfig) -> Quality:
+    """Everything `check` says about a table.
+
+    Raises:
+        RegistryError: the table cannot be read at all (missing, damaged, ragged, not UTF-8, duplicate columns, empty).
+        ConfigError: the mapping does not fit the dictionary.
+    """
+    check_mapping(mapping, dictionary)
+    present = tables.columns_of(table)
+    twice = sorted({name for name in present if present.count(name) > 1})
+    if twice:
+        local_columns(table, present, dictionary, mapping)  # raises, with the right words
+    local = {f.name: mapping.columns.get(f.name, f.name) for f in dictionary.features}
+    numbers = [
+        name for f in dictionary.used if f.kind == "number" for name in [local[f.name]] if name and name in present
+    ]
+    data = tables.read(table, present, numbers)
+    if data.num_rows == 0:
+        raise RegistryError(f"{table}: the table has no rows")
+    findings = _identifiers(data, dictionary, local)
+    patients = 0
+    columns: list[ColumnQuality] = []
+    try:
+        used = local_columns(table, present, dictionary, mapping)
+    except RegistryError as error:
+        findings.append(Finding("error", "", _without(table, error)))
+        used = {}
+    for feature in dictionary.features:
+        column = used.get(feature.name)
+        if column is None or feature.role == "excluded":
+            continue
+        try:
+            if feature.used:
+                quality, found = _column(str(table), data, feature, column, mapping)
+                columns.append(quality)
+                findings += found
+            else:
+                words = words_of(str(table), data, column, "patient id" if feature.role == "id" else "site")
+                patients = len(set(words.tolist())) if feature.role == "id" else patients
+        except RegistryError as error:
+            findings.append(Finding("error", column, _without(table, error)))
+    if patients and patients < data.num_rows:
+        text = f"{data.num_rows} rows of {patients} patients: rows of a patient stay together in training or in test"
+        findings.append(Finding("note", used[dictionary.id_column], text))
+    asked = [quality for quality in columns if quality.role == "feature"]
+    if asked and all(quality.distinct < 2 for quality in asked):
+        findings = [finding for finding in findings if " one value " not in finding.text]
+        text = f"no usable feature: none of the {len(asked)} features of '{dictionary.name}' has two different values"
+        findings.append(Finding("error", "", text))
+    described = set(local.values())
+    return Quality(
+        rows=data.num_rows,
+        patients=patients,
+        columns=tuple(columns),
+        findings=tuple(findings),
+        not_described=tuple(name for name in present if name not in described),
+    )
+
+
+def _without(table: Path, error: RegistryError) -> str:
+    return str(error).removeprefix(f"{table}: ")
+
+
+def _identifiers(data: pa.Table, dictionary: Dictionary, local: dict[str, str]) -> list[Finding]:
+    """Direct identifiers among all columns of the table, described or not, excluded or not."""
+    described = {column: dictionary.feature(name) for name, column in local.items()}
+    found: list[Finding] = []
+    for column in data.column_names:
+        kind = identifier_in(data, column, described.get(column))
+        if kind == "a date":
+            text = f"column '{column}' holds dates: share intervals in days, not dates"
+            found.append(Finding("note", column, text))
+        elif kind is not None:
+            text = f"column '{column}' looks like {kind}, which identifies a patient: remove it from the table"
+            found.append(Finding("error", column, text))
+    return found
+
+
+def identifier_in(data: pa.Table, column: str, feature: Feature | None) -> str | None:
+    """What identifier a column looks like, by name and by content; "a date" for plain dates; or None.
+
+    A category that the dictionary lists level by level holds codes, so only its content can make it one.
+    """
+    coded = feature is not None and feature.used and feature.kind == "category"
+    number = feature is not None and feature.used and feature.kind == "number"
+    is_id = feature is not None and feature.role == "id"
+    named = None if coded or is_id else identifiers.by_name(column)
+    if named is not None:
+        return named
+    if coded or number:
+        return None
+    cells = data.column(column)
+    if pa.types.is_floating(cells.type) or pa.types.is_boolean(cells.type):
+        return None
+    if pa.types.is_temporal(cells.type):
+        days = [value for value in cells.drop_null().to_pylist() if hasattr(value, "year")]
+        return identifiers.of_dates(days) if days else None
+    codes, words = tables.codes_of(cells)
+    filled = [word for word in words if word not in MISSING_WORDS]
+    rows = int(np.count_nonzero(codes >= 0))
+    kind = identifiers.by_content(filled, rows)
+    # A patient id is one to a patient by nature; only a number with a meaning outside the hospital is refused there.
+    return kind if not is_id or kind in ("a national or hospital number", "an e-mail address", "a name") else None
+
+
+def _column(
+    table: str, data: pa.Table, feature: Feature, column: str, mapping: MappingConfig
+) -> tuple[ColumnQuality, list[Finding]]:
+    found: list[Finding] = []
+    rows = data.num_rows
+    if not column:
+        empty = ColumnQuality(feature.name, feature.label, feature.role, feature.kind, 1.0, 0.0, 0, 0, 0)
+        return empty, [Finding("note", feature.name, f"'{feature.name}' is not collected here ([mapping] columns)")]
+    out_of_range = unknown = 0
+    if feature.kind == "number":
+        unit = mapping.units.get(feature.name)
+        raw = tables.numbers(table, data, column, missing_words(feature))
+        clean = clean_numbers(raw, feature, unit)
+        values, sentinel = clean.values[~np.isnan(clean.values)], int(clean.sentinel.sum())
+        missing = int(np.isnan(raw).sum())
+        out_of_range = int(clean.out_of_range.sum())
+        if out_of_range:
+            found.append(_range_finding(raw, feature, column, clean.out_of_range, rows - missing - sentinel, unit))
+    else:
+        read = read_levels(data.column(column), feature, mapping.levels.get(feature.name))
+        values, sentinel = read.values[read.values >= 0], int(read.sentinel.sum())
+        unknown = read.n_unknown_codes
+        missing = rows - len(values) - sentinel - read.unknown_rows.size
+        if unknown:
+            text = unknown_level_message("", column, feature, read.unknown_rows).removeprefix(": ")
+            found.append(Finding("error", column, text))
+    distinct = len(np.unique(values))
+    if distinct == 0 and not unknown and not out_of_range:
+        found.append(Finding("error", column, f"column '{column}' has no value in any row; map it to \"\" in site.toml "
+                             "if it is not collected here"))  # fmt: skip
+    elif distinct == 1 and not unknown:
+        found.append(Finding("error", column, f"column '{column}' has one value in every row: a feature with one level "
+                             "can neither be asked nor tell anything; give it role = \"excluded\""))  # fmt: skip
+    quality = ColumnQuality(
+        feature.name, feature.label, feature.role, feature.kind,
+        missing / rows, sentinel / rows, out_of_range, unknown, distinct,
+    )  # fmt: skip
+    return quality, found
+
+
+def _range_finding(
+    raw: np.ndarray, feature: Feature, column: str, outside: np.ndarray, known: int, unit: str | float | None
+) -> Finding:
+    """A note for a few implausible cells; an error, with the unit it may be in, for many."""
+    low, high = feature.bounds
+    count, share = int(outside.sum()), outside.sum() / max(known, 1)
+    text = (
+        f"column '{column}': {count} of {known} values outside {low:g} to {high:g} {feature.unit or ''}".rstrip()
+        + f" ({tables.rows_text(np.flatnonzero(outside))})"
+    )
+    if share <= OUT_OF_RANGE_ERROR_SHARE:
+        return Finding("note", column, text + "; they are read as missing")
+    guess = None if unit is not None else plausible_unit(feature, raw)
+    hint = f"; as {guess} nearly all would fit: name the unit in site.toml under [mapping] units" if guess else ""
+    return Finding("error", column, text + (hint or "; is it the right column, and in the right unit?"))
