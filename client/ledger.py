@@ -4,12 +4,12 @@ Run by the site. Enters: what is about to leave (never its content) or what was 
 file stays on the site; it holds no patient value, only times, phases, sizes and digests.
 
 Each line is one JSON object whose `previous` is the SHA-256 of the line before it (64 zeros at the start), so a
-changed, removed, inserted or reordered line is found. `Ledger.append` returns only after
-fsync: a machine that dies afterwards has recorded more than it sent, never less. A last line that was cut by a crash
-was never followed by an egress; it is dropped and the next entry says so.
+changed, removed, inserted or reordered line is found. `Ledger.append` returns only after fsync: a machine that dies
+afterwards has recorded more than it sent, never less. A last line that was cut by a crash was never followed by an
+egress; it is dropped and the next entry says so.
 
-Not protected: whoever holds the site's disk can rewrite the whole chain, change its last line or cut its tail. Lines are not signed and not
-countersigned by the coordinator.
+Not protected: whoever holds the site's disk can rewrite the whole chain, change its last line or cut its tail. Lines
+are not signed and not countersigned by the coordinator.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def write_record(path: Path, values: Mapping[str, Any], vectors: Mapping[str, ND
     """
     raw: dict[str, memoryview] = {}
     described: dict[str, tuple[str, int]] = {}
-    for name, vector in (vectors or {}).items():
+    for name, vector in sorted((vectors or {}).items()):  # the order in which the header lists them
         dtype = vector.dtype.newbyteorder("<").str
         if dtype not in _DTYPES or vector.ndim != 1:
             raise ValueError(f"record vector '{name}': expected 1-D of {sorted(_DTYPES)}, got {vector.ndim}-D {dtype}")

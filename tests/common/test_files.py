@@ -8,6 +8,7 @@ from wardround.common.errors import VerificationError
 from wardround.common.files import private_folder, read_record, write_atomic, write_record
 
 VECTORS = {
+    "z": np.array([7, 8, 9]),
     "a": np.arange(5, dtype=np.float32),
     "b": np.array([], np.int64),
     "c": np.array([1e300, -0.0]),

@@ -1,0 +1,130 @@
+"""The hospital's own limits: what the coordinator demands × what the site says."""
+
+import numpy as np
+import pytest
+from wardround.client import policy
+from wardround.client.gate import WORK
+from wardround.common.config import PolicyConfig, RunConfig
+from wardround.common.dictionary import Dictionary
+from wardround.common.errors import RefusedError
+from wardround.common.messages import (
+    INSTRUCTIONS,
+    REPLIES,
+    CollectInstruction,
+    CollectReply,
+    EvaluateReply,
+    Reply,
+    WarmupReply,
+)
+from wardround.simulations.synthetic_registry import make
+
+PUBLIC = make(40, seed=1)[1]
+PRIVATE = PUBLIC.model_copy(update={"public": False})
+SIMULATED = PolicyConfig(simulated=True, share_samples=True)
+
+
+def ask(config: RunConfig, round_index: int = 1) -> CollectInstruction:
+    return CollectInstruction(
+        run_id="0" * 32,
+        config=config.to_json(),
+        config_digest=config.digest(),
+        round_index=round_index,
+        model_digest="",
+    )
+
+
+def run(**changes: object) -> RunConfig:
+    return RunConfig.model_validate({"name": "t", "federation": {"rounds": 5}, "grpo": {"local_steps": 9}, **changes})
+
+
+def collected(size: int = 4) -> CollectReply:
+    return CollectReply(run_id="r", site="s", round_index=1, weight=1, delta=np.zeros(size, np.float32))
+
+
+def evaluated(samples: str) -> EvaluateReply:
+    return EvaluateReply(run_id="r", site="s", round_index=1, samples=samples, tally=np.zeros(1, np.int64))
+
+
+@pytest.mark.parametrize(
+    ("site", "dictionary", "round_index", "said"),
+    [
+        (PolicyConfig(), PUBLIC, 1, "unmasked"),
+        (PolicyConfig(), PRIVATE, 1, "unmasked"),
+        (PolicyConfig(simulated=True), PRIVATE, 1, "unmasked"),
+        (
+            PolicyConfig(simulated=True, max_rounds=4),
+            PUBLIC,
+            1,
+            "max_rounds: this hospital allows 4, .* asks for 5",
+        ),
+        (PolicyConfig(simulated=True, max_local_steps=8), PUBLIC, 1, "max_local_steps: this hospital allows 8"),
+        (SIMULATED, PUBLIC, 6, "round 6: the run's config says rounds 0 to 5"),
+        (SIMULATED, PUBLIC, -1, "round -1"),
+    ],
+)
+def test_a_demand_beyond_a_limit_is_refused(site: PolicyConfig, dictionary: Dictionary, round_index: int, said: str):
+    with pytest.raises(RefusedError, match=said):
+        policy.check_instruction(site, dictionary, run(), ask(run(), round_index))
+
+
+@pytest.mark.parametrize("round_index", [0, 5])
+def test_a_demand_at_the_limits_is_allowed(round_index: int):
+    site = PolicyConfig(simulated=True, max_rounds=5, max_local_steps=9)
+    policy.check_instruction(site, PUBLIC, run(), ask(run(), round_index))
+
+
+def test_only_listed_base_models_are_allowed():
+    policy.check_model(PolicyConfig(), "any")
+    policy.check_model(PolicyConfig(allowed_models=("a", "b")), "b")
+    with pytest.raises(RefusedError, match="allowed_models"):
+        policy.check_model(PolicyConfig(allowed_models=("a",)), "b")
+
+
+def test_targets_the_hospital_never_asks_are_left_out():
+    assert policy.allowed_targets(PolicyConfig(targets_never_asked=("hiv",)), ("age", "hiv")) == ["age"]
+    with pytest.raises(RefusedError, match="no target"):
+        policy.allowed_targets(PolicyConfig(targets_never_asked=("hiv",)), ("hiv",))
+
+
+def test_an_unmasked_update_leaves_only_a_simulated_site_of_a_public_registry():
+    assert "unmasked" in policy.check_egress(SIMULATED, PUBLIC, collected(), 100, 0)
+    for site, dictionary in ((PolicyConfig(), PUBLIC), (SIMULATED, PRIVATE)):
+        with pytest.raises(RefusedError, match="unmasked update"):
+            policy.check_egress(site, dictionary, collected(), 100, 0)
+
+
+@pytest.mark.parametrize(
+    ("site", "dictionary"),
+    [
+        (PolicyConfig(simulated=True), PUBLIC),
+        (PolicyConfig(share_samples=True), PUBLIC),
+        (SIMULATED, PRIVATE),
+    ],
+)
+def test_samples_leave_only_where_everything_is_open(site: PolicyConfig, dictionary: Dictionary):
+    policy.check_egress(SIMULATED, PUBLIC, evaluated('[{"text": "x"}]'), 100, 0)
+    policy.check_egress(site, dictionary, evaluated("[]"), 100, 0)
+    with pytest.raises(RefusedError, match="samples"):
+        policy.check_egress(site, dictionary, evaluated('[{"text": "x"}]'), 100, 0)
+
+
+def test_bytes_count_over_the_whole_run():
+    site = PolicyConfig(simulated=True, max_upload_bytes=1000)
+    policy.check_egress(site, PUBLIC, collected(), 400, 600)
+    with pytest.raises(RefusedError, match="max_upload_bytes: this hospital allows 1000, the run asks for 1001"):
+        policy.check_egress(site, PUBLIC, collected(), 401, 600)
+
+
+def test_a_reply_that_is_not_on_the_list_does_not_leave():
+    class Other(WarmupReply):
+        pass
+
+    other = Other(run_id="r", site="s", round_index=0, model_digest="", dictionary_digest="", patients=1)
+    with pytest.raises(RefusedError, match="Other is not among"):
+        policy.check_egress(SIMULATED, PUBLIC, other, 1, 0)
+
+
+def test_every_kind_of_reply_has_a_purpose_and_every_instruction_work():
+    assert set(policy.PURPOSE) == set(REPLIES)
+    assert set(WORK) == set(INSTRUCTIONS)
+    assert all(issubclass(kind, Reply) for kind in policy.PURPOSE)

@@ -1,0 +1,65 @@
+"""One round's update: checked, stored whole, given for the model it started from and no other."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from wardround.client import update
+from wardround.common.errors import ProtocolError, VerificationError
+
+
+def stored(round_index: int = 1, model: str = "m1") -> update.StoredUpdate:
+    delta = np.arange(4, dtype=np.float32) * round_index
+    return update.StoredUpdate("in", model, 3, delta, {"steps": 2, "reward_sum": 0.1}, np.array([1, 2]))
+
+
+def test_the_difference_is_new_minus_old():
+    old, new = np.array([1, 2], np.float32), np.array([1.5, 0], np.float32)
+    assert update.difference(new, old).tolist() == [0.5, -2.0]
+
+
+@pytest.mark.parametrize(
+    "new", [np.array([np.nan, 0], np.float32), np.array([np.inf, 0], np.float32), np.zeros(3, np.float32), np.zeros(2)]
+)
+def test_a_diverged_or_misshapen_update_is_refused(new: np.ndarray):
+    with pytest.raises(VerificationError, match="update"):
+        update.difference(new, np.zeros(2, np.float32))
+
+
+def test_an_overflowing_difference_is_refused():
+    large = np.full(2, 3e38, np.float32)
+    with pytest.raises(VerificationError, match="NaN or infinity"), np.errstate(over="ignore"):
+        update.difference(large, -large)
+
+
+def test_a_stored_update_comes_back_bit_for_bit(tmp_path: Path):
+    update.store(tmp_path, 1, stored())
+    again = update.load_for(tmp_path, 1, "m1")
+    assert again.delta.tobytes() == stored().delta.tobytes()
+    assert (again.weight, again.statistics, again.histogram.tolist()) == (3, {"steps": 2, "reward_sum": 0.1}, [1, 2])
+
+
+def test_nothing_is_given_for_a_round_that_was_not_trained(tmp_path: Path):
+    with pytest.raises(ProtocolError, match="no update of round 2"):
+        update.load_for(tmp_path, 2, "m1")
+
+
+def test_nothing_is_given_for_another_model(tmp_path: Path):
+    update.store(tmp_path, 1, stored())
+    with pytest.raises(ProtocolError, match="expected the update from model m2"):
+        update.load_for(tmp_path, 1, "m2")
+
+
+def test_only_this_and_the_previous_round_are_kept(tmp_path: Path):
+    for index in (1, 2, 3):
+        update.store(tmp_path, index, stored(index))
+    assert update.load(tmp_path, 1) is None
+    assert [update.load(tmp_path, index) is not None for index in (2, 3)] == [True, True]
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path):
+    update.store(tmp_path, 1, stored())
+    path = update.path_of(tmp_path, 1)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(VerificationError, match="damaged"):
+        update.load(tmp_path, 1)

@@ -1,0 +1,110 @@
+"""The journal: a folder belongs to one run and one config; what was written is found again or known to be damaged."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from wardround.common.config import RunConfig
+from wardround.common.errors import RunFolderError
+from wardround.server.journal import check_disk, check_folder, open_journal, write_rounds
+
+
+def config(**changes: object) -> RunConfig:
+    return RunConfig.model_validate({"name": "trial", **changes})
+
+
+def test_a_phase_is_complete_once_it_was_written(tmp_path: Path):
+    journal = open_journal(tmp_path / "run", config(), resume=False)
+    assert not journal.has("apply")
+    journal.write("apply", {"n": 1}, {"v": np.arange(3.0)})
+    assert journal.has("apply")
+    assert journal.read("apply").vectors["v"].tolist() == [0, 1, 2]
+    journal.drop("apply")
+    assert not journal.has("apply")
+    journal.drop("apply")
+
+
+def test_resuming_finds_the_same_run(tmp_path: Path):
+    first = open_journal(tmp_path, config(), resume=False)
+    first.write("warmup", {"n": 1})
+    first.close()
+    again = open_journal(tmp_path, config(speed={"micro_batch": 3}), resume=True)
+    assert again.run_id == first.run_id
+    assert (first.resumed, again.resumed) == (False, True)
+    assert again.has("warmup")
+
+
+def test_resuming_nothing_starts_a_run(tmp_path: Path):
+    assert not open_journal(tmp_path / "new", config(), resume=True).resumed
+
+
+def test_a_kill_before_the_first_write_leaves_nobodys_folder(tmp_path: Path):
+    (tmp_path / "journal").mkdir()
+    (tmp_path / "journal" / "lock").touch()
+    assert not check_folder(tmp_path, config(), resume=False)
+
+
+def test_a_folder_with_a_run_is_refused_without_resume(tmp_path: Path):
+    open_journal(tmp_path, config(), resume=False).close()
+    with pytest.raises(RunFolderError, match="holds run 'trial'; --resume continues it"):
+        open_journal(tmp_path, config(), resume=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": 4}, "'seed' was 0 when the run began, now 4"),
+        ({"grpo": {"local_steps": 9}}, "'grpo.local_steps' was 4 when the run began, now 9"),
+        ({"name": "other"}, "'name' was 'trial'"),
+    ],
+)
+def test_resuming_with_another_config_names_the_key(tmp_path: Path, changes: dict, said: str):
+    open_journal(tmp_path, config(), resume=False).close()
+    with pytest.raises(RunFolderError, match=said):
+        open_journal(tmp_path, config(**changes), resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path, resume: bool):
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(RunFolderError, match=r"holds 'thesis\.txt' and no run"):
+        open_journal(tmp_path, config(), resume)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path):
+    (tmp_path / "run").write_text("x")
+    with pytest.raises(RunFolderError, match="expected a folder, got a file"):
+        open_journal(tmp_path / "run", config(), resume=False)
+
+
+def test_two_processes_cannot_work_on_one_run(tmp_path: Path):
+    first = open_journal(tmp_path, config(), resume=False)
+    with pytest.raises(RunFolderError, match="another process"):
+        open_journal(tmp_path, config(), resume=True)
+    first.close()
+    open_journal(tmp_path, config(), resume=True).close()
+
+
+def test_a_damaged_phase_says_what_to_do(tmp_path: Path):
+    journal = open_journal(tmp_path, config(), resume=False)
+    journal.write("schema", {"n": 1})
+    path = tmp_path / "journal" / "schema.record"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(RunFolderError, match=r"damaged.*delete it to repeat that phase"):
+        journal.read("schema")
+    with pytest.raises(RunFolderError, match="missing"):
+        journal.read("baseline")
+
+
+def test_a_full_disk_is_noticed_before_the_start(tmp_path: Path):
+    check_disk(tmp_path / "not" / "yet", 1000)
+    with pytest.raises(RunFolderError, match="not enough disk"):
+        check_disk(tmp_path / "not" / "yet", 10**18)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rounds_are_written_whole(tmp_path: Path):
+    write_rounds(tmp_path, [{"round": 1}, {"round": 2}])
+    write_rounds(tmp_path, [{"round": 1}])
+    assert (tmp_path / "rounds.jsonl").read_text() == '{"round": 1}\n'
