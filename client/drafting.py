@@ -1,0 +1,304 @@
+"""Draft a data dictionary for a new table: `wardround client dictionary TABLE`.
+
+Run at one hospital by whoever knows the table. Guesses roles, kinds, levels and ranges from the data; everything that
+only a person can know is marked `TODO`: clinical labels, units, plausible ranges, when a value is known, what restates
+an outcome. The draft holds codes and rounded extremes of this table, so it is for the hospital's eyes until a
+person has replaced them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from ..common.dictionary import Dictionary, Feature
+from ..common.errors import RegistryError
+from . import tables
+from .quality import identifier_in
+from .tables import MISSING_WORDS
+
+MAX_LEVELS = 50  # more different words than this are no category
+_NUMBER_LEVELS = 5  # whole numbers with at most this many values are codes, not measurements
+_ID_NAMES = (
+    "patient_id",
+    "patientid",
+    "pid",
+    "record_id",
+    "subject_id",
+    "subjectid",
+    "study_id",
+    "id",
+    "patient",
+    "mrn",
+)
+_SITE_NAMES = ("site", "hospital", "hospital_id", "centre", "center", "country", "redcap_data_access_group")
+_OUTCOME_WORDS = re.compile(
+    r"(?:^|_)(?:dead|death|died|deceased|mort(?:ality)?|outcome|event|mace|readmi\w*|hospdead|surviv\w*)(?:_|$|\d)"
+)
+_CONSEQUENCE_WORDS = re.compile(r"(?:^|_)(?:los|length_of_stay|charges?|costs?|discharge\w*|follow_?up|time)(?:_|$|\d)")
+_NINES = {9.0, 99.0, 999.0, 9999.0, 99999.0, -1.0, -9.0, -99.0, -999.0, -9999.0, 88.0, 888.0}
+_SPIKE_SHARE, _SPIKE_TIMES = 0.08, 4.0  # one value this frequent, and this many times the next
+_HEAD = (
+    "A draft made from the table itself. Read every line, correct it, and remove the TODO comments:",
+    "- label, unit, section: as a clinician would write them; description where the label is not enough",
+    "- low, high: what is plausible in any patient, not what this table happens to hold",
+    "- known_at: days since admission when the value is known; an outcome is asked with what is known before it",
+    "- role: outcome (asked, never shown), feature, excluded; whatever restates an outcome is excluded or in its hide",
+)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A dictionary and the comment lines that go above its entries ("" is the head of the file)."""
+
+    dictionary: Dictionary
+    notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def n_todo(self) -> int:
+        """Entries that wait for a person."""
+        return sum(1 for name, lines in self.notes.items() if name and any("TODO" in line for line in lines))
+
+
+@dataclass(frozen=True)
+class Column:
+    """What the data say about one column."""
+
+    name: str
+    rows: int
+    words: tuple[str, ...]  # distinct non-missing cells
+    numbers: np.ndarray | None  # all non-missing values, where every one is a number
+
+
+def read_columns(table: Path) -> tuple[pa.Table, dict[str, Column]]:
+    """A whole table and what each column holds.
+
+    Raises:
+        RegistryError: missing, damaged, ragged, not UTF-8, duplicate columns, or empty.
+    """
+    names = tables.columns_of(table)
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise RegistryError(f"{table}: column '{twice}' occurs {names.count(twice)} times; keep one")
+    data = tables.read(table, names, [])
+    if data.num_rows == 0:
+        raise RegistryError(f"{table}: the table has no rows")
+    return data, {name: _column(str(table), data, name) for name in names}
+
+
+def _column(table: str, data: pa.Table, name: str) -> Column:
+    codes, words = tables.codes_of(data.column(name))
+    filled = tuple(sorted({word for word in words if word not in MISSING_WORDS}))
+    values: np.ndarray | None = None
+    if filled and not pa.types.is_temporal(data.column(name).type) and not set(filled) <= {"True", "False"}:
+        try:
+            raw = tables.numbers(table, data, name)
+            values = raw[~np.isnan(raw)]
+        except RegistryError:
+            values = None  # text somewhere: not a number column
+    return Column(name, int(np.count_nonzero(codes >= 0)), filled, values)
+
+
+def draft(table: Path, id_column: str | None = None) -> Draft:
+    """A dictionary drafted from a table alone.
+
+    Args:
+        table: CSV, TSV or Parquet.
+        id_column: the patient id, where it is not recognised by its name.
+
+    Raises:
+        RegistryError: the table cannot be read, or no column looks like a patient id.
+    """
+    data, columns = read_columns(table)
+    patient = id_column or find_id(columns)
+    if patient is None or patient not in columns:
+        got = f"no column '{id_column}'" if id_column else "no column looks like a patient id"
+        raise RegistryError(f"{table}: {got}; name it with --id COLUMN")
+    features: list[Feature] = []
+    notes: dict[str, tuple[str, ...]] = {"": _HEAD}
+    for column in columns.values():
+        if column.name == patient:
+            entry, lines = Feature(name=column.name, label="Patient", role="id"), ["one value a patient, a pseudonym"]
+        elif _plain(column.name) in _SITE_NAMES and not any(f.role == "site" for f in features):
+            entry, lines = Feature(name=column.name, label="Site", role="site"), ["the hospital a row comes from"]
+        else:
+            entry, lines = draft_entry(data, column)
+        features.append(entry)
+        notes[column.name] = tuple(lines)
+    return finish(table, features, notes)
+
+
+def finish(source: Path, features: list[Feature], notes: dict[str, tuple[str, ...]]) -> Draft:
+    """The draft of these entries: labels made unique, name and title from the file.
+
+    Raises:
+        RegistryError: nothing among them can be a feature.
+    """
+    if not any(feature.role == "feature" for feature in features):
+        raise RegistryError(f"{source}: no usable feature: no column can be shown or asked")
+    labels: dict[str, int] = {}
+    for position, feature in enumerate(features):
+        if feature.used:
+            labels[feature.label] = labels.get(feature.label, 0) + 1
+            if labels[feature.label] > 1:
+                features[position] = feature.model_copy(update={"label": f"{feature.label} ({feature.name})"})
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", source.stem)[:64] or "registry"
+    return Draft(Dictionary(name=name, title=f"TODO: what {source.stem} is", features=tuple(features)), notes)
+
+
+def find_id(columns: dict[str, Column]) -> str | None:
+    """The column that looks most like a patient id, by name; None when none does."""
+    plain = {_plain(name): name for name in reversed(columns)}
+    return next((plain[name] for name in _ID_NAMES if name in plain), None)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()).strip("_")
+
+
+def pretty(name: str) -> str:
+    """A column name as words: `heart_rateMax` → "Heart rate max"."""
+    words = _plain(name).replace("_", " ")
+    return words[:1].upper() + words[1:] if words else name
+
+
+def draft_entry(data: pa.Table, column: Column) -> tuple[Feature, list[str]]:
+    """One column's entry and its comment lines."""
+    name, label = column.name, pretty(column.name)
+
+    def excluded(reason: str, note: str = "") -> tuple[Feature, list[str]]:
+        entry = Feature(name=name, label=label, role="excluded", reason=reason)
+        return entry, [f"TODO: {note}"] if note else []
+
+    kind = identifier_in(data, name, None)
+    if kind == "a date":
+        return excluded("a date", "share an age or a number of days instead")
+    if kind is not None:
+        return excluded(f"looks like {kind}", "a direct identifier: remove the column from the table")
+    if not column.words:
+        return excluded("empty in every row")
+    if len(column.words) == 1:
+        return excluded("one value in every row")
+    whole = column.numbers is not None and bool(np.all(column.numbers == np.round(column.numbers)))
+    coded = column.numbers is None or (whole and len(column.words) <= _NUMBER_LEVELS)
+    if coded and len(column.words) > MAX_LEVELS:
+        return excluded(f"{len(column.words)} different words", "group them into at most 50 levels, or leave it out")
+    if coded and len(column.words) > 0.5 * column.rows and column.rows > 20:
+        return excluded("nearly every row has a word of its own", "free text or a code list?")
+    if coded:
+        return _draft_category(column, label)
+    if _CONSEQUENCE_WORDS.search(_plain(name)):
+        return excluded("a length of stay, a cost or a follow-up time restates an outcome", "is that so?")
+    return number_entry(column, label)
+
+
+def _draft_category(column: Column, label: str) -> tuple[Feature, list[str]]:
+    if column.numbers is None:
+        levels = {
+            word: word.lower() if word.lower() in ("yes", "no", "true", "false") else word for word in column.words
+        }
+    else:
+        levels = {word: word for word in sorted(column.words, key=float)}
+    lines = ["TODO: label, section"]
+    if set(levels) in ({"0", "1"}, {"True", "False"}):
+        levels = dict(zip(sorted(levels), ("no", "yes"), strict=True))
+    elif column.numbers is not None:
+        lines = ["TODO: label, section, and what each code means"]
+    if len(set(levels.values())) < len(levels):
+        levels = {word: word for word in column.words}
+    if len(levels) == 2 and _OUTCOME_WORDS.search(_plain(column.name)):
+        lines = ["TODO: is this an outcome? known_at = the first day on which it is known; hide = what restates it"]
+        return Feature(
+            name=column.name, label=label, role="outcome", section="Outcome", levels=levels, known_at=1,
+            question=f"TODO: {label}?",
+        ), lines  # fmt: skip
+    return Feature(name=column.name, label=label, section="Record", levels=levels), lines
+
+
+def number_entry(column: Column, label: str, known: dict[str, Any] | None = None) -> tuple[Feature, list[str]]:
+    """A number's entry from its values.
+
+    Args:
+        column: its values; none only if `known` has both low and high.
+        label: what it is called.
+        known: fields that a person already gave (unit, low, high, section, …); they win over guesses.
+    """
+    known = dict(known or {})
+    values = column.numbers if column.numbers is not None else np.empty(0)
+    lines = ["TODO: label, section, unit"] if "section" not in known else ["TODO: unit"]
+    sentinels = _nines(values)
+    if sentinels:
+        values = values[~np.isin(values, sentinels)]
+        codes = ", ".join(f"{mark:g}" for mark in sentinels)
+        lines.append(f"TODO: {codes} looks like a code for 'not measured'; it is read as missing")
+    spike = _spike(values)
+    if spike is not None:
+        lines.append(f"TODO: {spike[0]:.6g} stands in {spike[1]:.0%} of the rows: filled in? then add it to sentinels")
+    decimals = _decimals(values)
+    if "low" not in known or "high" not in known:
+        low, high = _outward(values, decimals)
+        lines.append(f"TODO: low and high are this table's extremes, rounded outward ({low:g} to {high:g})")
+        known = {"low": low, "high": high} | known
+    if known["low"] >= known["high"]:
+        known["high"] = known["low"] + 1
+    return Feature(
+        name=column.name, label=label, section=known.pop("section", "Record"), kind="number", decimals=decimals,
+        sentinels=tuple(sentinels), scale=_scale(values, known["low"]), **known,
+    ), lines  # fmt: skip
+
+
+def _nines(values: np.ndarray) -> list[float]:
+    """Codes such as 999 or -9 that lie far outside the other values."""
+    found: list[float] = []
+    for mark in sorted(_NINES & set(np.unique(values).tolist()), key=abs, reverse=True):
+        rest = values[~np.isin(values, [*found, mark])]
+        if rest.size == 0:
+            continue
+        low, high = float(rest.min()), float(rest.max())
+        reach = max(high - low, 1.0)
+        if (mark < 0 <= low) or mark > high + 0.5 * reach:
+            found.append(mark)
+    return found
+
+
+def _spike(values: np.ndarray) -> tuple[float, float] | None:
+    """(value, share) of one value far more frequent than the next, unless it is an end of the range (0 drinks)."""
+    distinct, counts = np.unique(values, return_counts=True)
+    if len(distinct) < 20:
+        return None
+    order = np.argsort(counts)[::-1]
+    first, second = int(counts[order[0]]), int(counts[order[1]])
+    share = first / len(values)
+    return (float(distinct[order[0]]), share) if share >= _SPIKE_SHARE and first >= _SPIKE_TIMES * second else None
+
+
+def _decimals(values: np.ndarray) -> int:
+    """Fewest decimals that keep 99 % of the values; a stored 0.8999 counts as 0.9."""
+    for decimals in range(4 if values.size else 0):
+        rest = np.abs(values - np.round(values, decimals))
+        if np.mean(rest <= np.maximum(1e-9, 3e-4 * np.abs(values))) >= 0.99:
+            return decimals
+    return 2 if values.size else 0
+
+
+def _outward(values: np.ndarray, decimals: int) -> tuple[float, float]:
+    """The extremes, rounded outward to about a twentieth of their span (1, 2 or 5 times a power of ten)."""
+    low, high = float(values.min()), float(values.max())
+    target = max((high - low) / 20, 10.0**-decimals)
+    power = 10.0 ** math.floor(math.log10(target))
+    step = next(power * times for times in (1, 2, 5, 10) if power * times >= target * (1 - 1e-9))
+    return round(math.floor(low / step) * step, 6), round(math.ceil(high / step) * step, 6)
+
+
+def _scale(values: np.ndarray, low: float) -> Literal["linear", "log"]:
+    """ "log" for positive values whose upper tail is long."""
+    if low <= 0 or values.size == 0:
+        return "linear"
+    q1, middle, q99 = np.quantile(values, [0.01, 0.5, 0.99])
+    return "log" if q1 > 0 and q99 / middle > 4 and middle / q1 > 1.5 else "linear"
