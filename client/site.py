@@ -113,13 +113,13 @@ def train(site: Site, instruction: TrainInstruction) -> TrainReply:
 
 
 def _train(run: SiteRun, instruction: TrainInstruction, input_digest: str) -> update.StoredUpdate:
-    from .grpo import train_local_round
-
     model = run.round_zero.moved(instruction.vector)
     model.verify(instruction.model_digest)
     schema, name = run.schema(instruction.schema_digest), run.site.config.name
     targets = policy.allowed_targets(run.site.config.policy, schema.names)
     source = TrainingPatients(run.builder(schema), run.site.patients_of("train"), targets)
+    from .grpo import train_local_round  # trl takes seconds: not before everything was checked
+
     seed = derive_seed(run.config.seed, "train", name, instruction.round_index)
     result = train_local_round(run.language_model(model), source, run.template, run.config, seed=seed, on_step=None)
     group = 1 if run.config.grpo.expectation == "exact" else run.config.grpo.group_size
@@ -150,8 +150,6 @@ def collect(site: Site, instruction: CollectInstruction) -> CollectReply:
 
 def validate(site: Site, instruction: ValidateInstruction) -> ValidateReply:
     """Scores the global model on validation patients."""
-    from .evaluation import evaluate_questions
-
     run = SiteRun(site, instruction)
     model = run.round_zero.moved(instruction.vector)
     model.verify(instruction.model_digest)
@@ -159,6 +157,8 @@ def validate(site: Site, instruction: ValidateInstruction) -> ValidateReply:
     questions = run.held_out("validation", run.schema(instruction.schema_digest), n)
     if not questions:
         return ValidateReply(**run.head, questions=0, correct=0)
+    from .evaluation import evaluate_questions
+
     outcomes = evaluate_questions(run.language_model(model), questions, run.template, run.config)
     return ValidateReply(**run.head, questions=len(questions), correct=int(np.sum(outcomes.correct)))
 
@@ -179,8 +179,6 @@ def evaluate(site: Site, instruction: EvaluateInstruction) -> EvaluateReply:
 
 
 def _evaluate(run: SiteRun, instruction: EvaluateInstruction) -> EvaluateReply:
-    from .evaluation import evaluate_questions
-
     manifest = run.round_zero.manifest
     warmup, final = GlobalModel(manifest, instruction.warmup), GlobalModel(manifest, instruction.final)
     warmup.verify(instruction.warmup_digest)
@@ -189,6 +187,8 @@ def _evaluate(run: SiteRun, instruction: EvaluateInstruction) -> EvaluateReply:
     questions = run.held_out("test", schema, run.config.evaluation.questions_per_site)
     if not questions:
         return EvaluateReply(**run.head, samples="[]", tally=Tally.empty(schema.names, EVALUATED).to_vector())
+    from .evaluation import evaluate_questions
+
     lm = run.language_model(warmup)
     outcomes: dict[str, Any] = {}
     with lm.base_only():
