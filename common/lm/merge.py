@@ -87,11 +87,19 @@ def merge_adapter(
         RunFolderError: not enough disk.
         VerificationError: outputs or files are not what they must be; nothing is left behind.
     """
+    with new_folder(out) as work:
+        return merge_into(base, adapter, work, dtype=dtype, prompts=prompts)
+
+
+def merge_into(
+    base: Path, adapter: Path, folder: Path, *, dtype: str = "float32", prompts: Sequence[Sequence[int]] | None = None
+) -> MergeReport:
+    """As `merge_adapter`, into an existing folder that the caller removes when this raises."""
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    base_size = sum(file.stat().st_size for file in weight_files(base))
-    require_disk(out.parent, base_size * (2 if _is_narrower(base, dtype) else 1))
+    widened = 2 if dtype == "float32" and _stored_in_16_bits(base) else 1
+    require_disk(folder, widened * sum(file.stat().st_size for file in weight_files(base)))
     tokenizer = AutoTokenizer.from_pretrained(base)
     probes = [list(ids) for ids in prompts] if prompts is not None else probe_prompts(tokenizer)
     plain = load_plain(base, getattr(torch, dtype))
@@ -103,24 +111,23 @@ def merge_adapter(
     zero = _verify_loaded(model, adapter)
     adapted = logits(model, probes)
     with model.disable_adapter():
-        effect = _difference(logits(model, probes), adapted)
+        effect = difference(logits(model, probes), adapted)
     if zero != (effect == 0.0):
         raise VerificationError(f"adapter {adapter}: B is {'' if zero else 'not '}zero, outputs move by {effect:.3g}")
     _merge_layers(model)
     merged = model.unload()
     del model, plain
     outputs = logits(merged, probes)
-    difference, tolerance = _difference(outputs, adapted), TOLERANCE[dtype]
-    if not difference <= tolerance:
+    off, tolerance = difference(outputs, adapted), TOLERANCE[dtype]
+    if not off <= tolerance:
         raise VerificationError(
-            f"merged model: logits are {difference:.3g} of the largest off base + adapter, expected {tolerance:g}"
+            f"merged model: logits are {off:.3g} of the largest off base + adapter, expected {tolerance:g} at most"
         )
     agreement = float((outputs.argmax(-1) == adapted.argmax(-1)).float().mean())
     holder = [merged]
     del merged
-    with new_folder(out) as work:
-        held = save_verified(holder, tokenizer, work, probes)
-    return MergeReport(zero, effect, difference, tolerance, agreement, len(probes), held)
+    written = save_verified(holder, tokenizer, folder, probes)
+    return MergeReport(zero, effect, off, tolerance, agreement, len(probes), written)
 
 
 def save_verified(holder: list[Any], tokenizer: Any, folder: Path, probes: Sequence[Sequence[int]]) -> int:
@@ -142,18 +149,19 @@ def save_verified(holder: list[Any], tokenizer: Any, folder: Path, probes: Seque
     from transformers import AutoTokenizer
 
     model = holder.pop()
-    before, dtype = logits(model, probes), next(model.parameters()).dtype
+    before, first = logits(model, probes), next(model.parameters())
+    dtype, device = first.dtype, first.device
     model.save_pretrained(folder, max_shard_size=_SHARD)
     tokenizer.save_pretrained(folder)
     _same_as_files(dict(model.state_dict()), folder, "memory")
-    del model
+    del model, first
     gc.collect()
-    again = load_plain(folder, dtype)
+    again = load_plain(folder, dtype).to(device)
     _same_as_files(dict(again.state_dict()), folder, "the reloaded model")
-    if not (off := _difference(logits(again, probes), before)) <= _RELOAD_TOLERANCE:
-        raise VerificationError(f"{folder.name}: reloaded, its logits differ by {off:.3g} of the largest")
+    if not (off := difference(logits(again, probes), before)) <= _RELOAD_TOLERANCE:
+        raise VerificationError(f"model folder: reloaded, its logits are {off:.3g} of the largest off")
     if AutoTokenizer.from_pretrained(folder).chat_template != tokenizer.chat_template:
-        raise VerificationError(f"{folder.name}: the reloaded tokenizer has another chat template")
+        raise VerificationError("model folder: the reloaded tokenizer has another chat template")
     return sum(file.stat().st_size for file in weight_files(folder))
 
 
@@ -181,6 +189,11 @@ def logits(model: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         for ids in prompts
     ]
     return torch.cat(rows)
+
+
+def difference(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Largest difference of two logit tables as a share of the largest logit; NaN, which no check takes, if one is."""
+    return float((first - second).abs().max() / second.abs().max())
 
 
 def require_disk(folder: Path, needed_bytes: int) -> None:
@@ -215,10 +228,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _is_narrower(base: Path, dtype: str) -> bool:
-    """Are the base's weights stored in 16 bits while 32 are asked for?"""
+def _stored_in_16_bits(base: Path) -> bool:
     stored = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    return dtype == "float32" and "16" in str(stored.get("dtype", stored.get("torch_dtype", "")))
+    return "16" in str(stored.get("dtype", stored.get("torch_dtype", "")))
 
 
 def _verify_loaded(model: Any, adapter: Path) -> bool:
@@ -255,11 +267,6 @@ def _merge_layers(model: Any) -> None:
             raise VerificationError(f"merged model: the weight of '{name}' is not W + ΔW")
 
 
-def _difference(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Largest difference as a share of the largest value; NaN where a logit is not finite, which no check accepts."""
-    return float((first - second).abs().max() / second.abs().max())
-
-
 def _same_as_files(held: dict[str, torch.Tensor], folder: Path, who: str) -> None:
     """Every tensor in the files is the one held, bit for bit; what they lack shares memory with one they have."""
     in_files: set[int] = set()
@@ -267,8 +274,8 @@ def _same_as_files(held: dict[str, torch.Tensor], folder: Path, who: str) -> Non
         with safe_open(file, framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
                 if name not in held or not torch.equal(stored.get_tensor(name), held[name].cpu()):
-                    raise VerificationError(f"{folder.name}/{file.name}: tensor '{name}' is not the one {who} holds")
+                    raise VerificationError(f"{file.name}: tensor '{name}' is not the one {who} holds")
                 in_files.add(held[name].data_ptr())
     lost = [name for name, tensor in held.items() if tensor.data_ptr() not in in_files]
     if lost:
-        raise VerificationError(f"{folder.name}: the files lack tensor '{lost[0]}' ({len(lost)} in all)")
+        raise VerificationError(f"model folder: the files lack tensor '{lost[0]}' ({len(lost)} in all)")
