@@ -144,6 +144,7 @@ class Speed(Frozen):
 
     micro_batch: Annotated[int, Field(ge=1)] = 16
     threads: Annotated[int, Field(ge=0)] = 0  # 0: as torch chooses
+    tokens_per_backward: Annotated[int, Field(ge=1)] = 2048  # of training, at least one patient; decides its memory
 
 
 class RunConfig(Frozen):
