@@ -1,0 +1,155 @@
+"""In-process federation: memory with 32 sites against 2, and what a round costs beside training and evaluation.
+
+    python benchmarks/federation.py
+
+Each number of sites is one run in a process of its own: real Flower messages, real site folders, registry, ledger and
+journal; a tiny but complete language model (tests/tiny.py), because what is measured is everything but the model.
+Peak memory is the process's largest resident size. Overhead is the rounds' wall time less what was spent inside
+`train_local_round` and `evaluate_questions`, over sites and rounds. Targets: memory within 15 %, at most 0.1 s a site
+and round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+
+ROUNDS = 3
+SITES = (2, 32)
+MEMORY_TARGET, OVERHEAD_TARGET_S = 1.15, 0.1
+
+
+def settings(model: Path, sites: int) -> dict[str, Any]:
+    """The run: the same work at every site, however many there are."""
+    return {
+        "name": "benchmark",
+        "seed": 5,
+        "model": {"id": str(model), "device": "cpu", "prompt": "en_short"},
+        "warmup": {"enabled": False},
+        "grpo": {"local_steps": 2, "patients_per_step": 4, "expectation": "exact"},
+        "federation": {"rounds": ROUNDS, "validation_questions_per_site": 6, "patience": 99, "rollback_tolerance": 1.0},
+        "evaluation": {"questions_per_site": 6, "samples": 0, "bootstrap_samples": 100},
+        "simulation": {"registry": "synthetic", "sites": sites},
+    }
+
+
+def one_run(sites: int, model: Path, out: Path) -> dict[str, Any]:
+    """One federation in this process."""
+    from environment import peak_rss_bytes
+    from wardround.client import evaluation, grpo
+    from wardround.common.config import RunConfig
+    from wardround.simulations.federation import simulate
+
+    inside = {"seconds": 0.0}
+
+    def timed(work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return work(*args, **kwargs)
+            finally:
+                inside["seconds"] += time.perf_counter() - started
+
+        return run
+
+    # The site's functions look these up when they are called; imported above, so that trl's import is not counted.
+    grpo.train_local_round = timed(grpo.train_local_round)
+    evaluation.evaluate_questions = timed(evaluation.evaluate_questions)
+    spent: list[float] = []
+
+    class Watch:
+        """Sees time inside the model at the beginning of round 1 and at the end of every round."""
+
+        def begin(self, phase: str, round_index: int, sites: list[str]) -> None:
+            if phase == "train" and round_index == 1:
+                spent.append(inside["seconds"])
+
+        def round_done(self, record: dict[str, Any], rounds: int) -> None:
+            spent.append(inside["seconds"])
+
+        def answered(self, phase: str, site: str, code: str) -> None: ...
+        def warming_up(self, done: int, total: int, loss: float) -> None: ...
+        def note(self, text: str) -> None: ...
+
+    config = RunConfig.model_validate(settings(model, sites))
+    simulate(config, out, resume=False, progress=Watch())  # type: ignore[arg-type]
+    records = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+    wall = sum(record["seconds"] for record in records)
+    in_model = spent[-1] - spent[0]
+    return {
+        "sites": sites,
+        "rounds": len(records),
+        "peak_rss_mb": round(peak_rss_bytes() / 2**20, 1),
+        "rounds_wall_s": round(wall, 3),
+        "training_and_validation_s": round(in_model, 3),
+        "overhead_s_per_site_and_round": round((wall - in_model) / sites / len(records), 4),
+        "bytes_up_per_site_and_round": round(sum(record["bytes_up"] for record in records) / sites / len(records)),
+    }
+
+
+def main() -> int:
+    """Runs every number of sites in its own process, writes benchmarks/results/federation.json."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from wardround.common.cli import quiet_third_parties
+
+    quiet_third_parties()
+    if asked.one:
+        print(json.dumps(one_run(asked.one, asked.folder / "model", asked.folder / f"run-{asked.one}")))
+        return 0
+    from environment import record
+
+    from tests.tiny import tiny_model
+
+    results = []
+    environment = {**os.environ}
+    with tempfile.TemporaryDirectory() as name:
+        tiny_model(Path(name) / "model")
+        environment["WARDROUND_CACHE"] = f"{name}/cache"
+        for sites in SITES:
+            command = [sys.executable, __file__, "--one", str(sites), "--folder", name]
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                check=False,
+                env=environment,
+            )
+            if done.returncode:
+                print(done.stderr, file=sys.stderr)
+                return 1
+            results.append(json.loads(done.stdout.splitlines()[-1]))
+            print(results[-1])
+    ratio = results[-1]["peak_rss_mb"] / results[0]["peak_rss_mb"]
+    overhead = max(result["overhead_s_per_site_and_round"] for result in results)
+    met = ratio <= MEMORY_TARGET and overhead <= OVERHEAD_TARGET_S
+    path = record(
+        "federation",
+        {
+            "runs": results,
+            "memory_ratio": round(ratio, 3),
+            "memory_ratio_target": MEMORY_TARGET,
+            "overhead_s_per_site_and_round": overhead,
+            "overhead_target_s": OVERHEAD_TARGET_S,
+            "met": met,
+        },
+    )
+    print(f"memory with {SITES[-1]} sites: {ratio:.3f} × that with {SITES[0]}; overhead {overhead:.3f} s; {path}")
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
