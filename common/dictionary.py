@@ -247,7 +247,7 @@ def load_dictionary(path: Path | str) -> Dictionary:
         DictionaryError: no such file, not TOML, or not a valid dictionary; one line.
     """
     path = Path(path)
-    if not path.exists() and path.suffix == "" and packaged("registries", f"{path.name}.toml").exists():
+    if not path.is_file() and path.suffix == "" and packaged("registries", f"{path.name}.toml").exists():
         path = packaged("registries", f"{path.name}.toml")
     try:
         data = read_toml(path)

@@ -1,0 +1,278 @@
+"""`wardround client` and `wardround evaluate`: a hospital's commands. Heavy imports happen inside the commands.
+
+What these commands print is for the hospital's own screen: `questions` shows records of patients, `check` shows counts,
+columns and rows but no patient's value.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..common.config import MappingConfig
+    from ..common.dictionary import Dictionary
+    from .quality import Quality
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+_PATH = click.Path(path_type=Path)
+_SITE_HELP = "This hospital's site.toml: its own column names, units and level codes."
+
+
+@click.group(context_settings=_SETTINGS)
+def client() -> None:
+    """One hospital: check a registry, see its questions, take part in a run."""
+
+
+def _mapping(site: Path | None) -> MappingConfig:
+    from ..common.config import MappingConfig, load_site
+
+    return MappingConfig() if site is None else load_site(site).mapping
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+@client.command(
+    epilog="Example: wardround client check icu.csv dictionary.toml --site site.toml   ·   "
+    "DICTIONARY may be the name of a shipped one: support_icu, smart, copenhagen_stroke"
+)
+@click.argument("table", type=_PATH)
+@click.argument("dictionary", type=_PATH)
+@click.option("--site", type=_PATH, default=None, help=_SITE_HELP)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def check(table: Path, dictionary: Path, site: Path | None, as_json: bool) -> None:
+    """Check TABLE (CSV, TSV or Parquet) against DICTIONARY and print its data quality.
+
+    Exit 0 when clean. Direct identifiers, levels that the dictionary does not know, missing or constant columns and
+    wrong units end with exit 2 and a line each. No patient's value is printed, only columns and rows.
+    """
+    from ..common.dictionary import load_dictionary
+    from .quality import assess
+    from .registry import describe_mapping
+
+    described, mapping = load_dictionary(dictionary), _mapping(site)
+    quality = assess(table, described, mapping)
+    lines = list(describe_mapping(mapping, described))
+    if as_json:
+        content = quality.to_dict() | {
+            "mapping": [dict(zip(("entry", "local", "done"), line, strict=True)) for line in lines]
+        }
+        click.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    else:
+        _print_quality(table, described, quality, lines)
+    for finding in quality.errors:
+        click.echo(f"error: {table}: {finding.text}", err=True)
+    if quality.errors:
+        sys.exit(2)
+
+
+def _print_quality(table: Path, dictionary: Dictionary, quality: Quality, mapping: list[tuple[str, str, str]]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = _console()
+    console.print(
+        f"{escape(str(table))}: {quality.rows} rows, {quality.patients} patients; dictionary '{dictionary.name}'"
+    )
+    if mapping:
+        shown = Table(title="Mapping (site.toml)", title_justify="left")
+        for heading in ("dictionary", "this hospital", "what is done"):
+            shown.add_column(heading)
+        for line in mapping:
+            shown.add_row(*map(escape, line))
+        console.print(shown)
+    if quality.columns:
+        shown = Table(title="Data quality", title_justify="left")
+        shown.add_column("column")
+        shown.add_column("label")
+        shown.add_column("kind")
+        for heading in ("missing", "sentinel", "out of range", "unknown levels", "distinct"):
+            shown.add_column(heading, justify="right")
+        for column in quality.columns:
+            kind = "outcome" if column.role == "outcome" else column.kind
+            shares = [f"{share:.1%}" if share else "·" for share in (column.missing, column.sentinel)]
+            counts = [str(n) if n else "·" for n in (column.out_of_range, column.unknown_levels)]
+            shown.add_row(escape(column.name), escape(column.label), kind, *shares, *counts, str(column.distinct))
+        console.print(shown)
+    for finding in quality.findings:
+        if finding.level == "note":
+            console.print(f"note: {escape(finding.text)}", soft_wrap=True)
+    if quality.not_described:
+        names = ", ".join(quality.not_described)
+        console.print(f"note: not in the dictionary, never read: {escape(names)}", soft_wrap=True)
+    console.print("clean" if not quality.errors else f"{len(quality.errors)} error(s)")
+
+
+@client.command(
+    "dictionary",
+    epilog="Example: wardround client dictionary icu.csv --out dictionary.toml   ·   "
+    "wardround client dictionary export.csv --redcap DataDictionary.csv --out dictionary.toml",
+)
+@click.argument("table", type=_PATH)
+@click.option("--out", type=_PATH, default=None, help="Write here instead of to the screen; must not exist yet.")
+@click.option("--redcap", type=_PATH, default=None, help="REDCap data dictionary (18-column CSV) that describes TABLE.")
+@click.option("--id", "id_column", default=None, help="The patient id column, where its name does not tell.")
+def dictionary_command(table: Path, out: Path | None, redcap: Path | None, id_column: str | None) -> None:
+    """Draft a data dictionary for TABLE, or import REDCap's.
+
+    Kinds, levels, decimals and ranges come from the table, rounded outward; lines marked TODO wait for a person.
+    """
+    from ..common.dictionary import dump_dictionary
+    from ..common.errors import DictionaryError
+    from ..common.files import write_atomic
+
+    if out is not None and out.exists():
+        raise DictionaryError(f"{out}: exists already; a draft does not overwrite a dictionary")
+    if redcap is not None:
+        from .redcap import import_redcap
+
+        drafted = import_redcap(redcap, table)
+    else:
+        from .drafting import draft
+
+        drafted = draft(table, id_column)
+    text = dump_dictionary(drafted.dictionary, drafted.notes)
+    if out is None:
+        click.echo(text, nl=False)
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(out, text.encode(), mode=0o644)
+    click.echo(f"{len(drafted.dictionary.features)} entries, {drafted.n_todo} wait for a person (TODO)", err=True)
+
+
+@client.command(epilog="Example: wardround client questions table.parquet support_icu -n 5 --prompt en_short")
+@click.argument("table", type=_PATH)
+@click.argument("dictionary", type=_PATH)
+@click.option("-n", "--number", type=click.IntRange(1), default=5, show_default=True, help="How many questions.")
+@click.option("--prompt", default="en", show_default=True, help="Prompt template: en, en_short, ko, or a TOML file.")
+@click.option("--features", type=click.IntRange(1), default=None, help="Most features a record shows.")
+@click.option("--reasoning", is_flag=True, help="As asked with step-by-step reasoning.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--site", type=_PATH, default=None, help=_SITE_HELP)
+def questions(
+    table: Path,
+    dictionary: Path,
+    number: int,
+    prompt: str,
+    features: int | None,
+    reasoning: bool,
+    seed: int,
+    site: Path | None,
+) -> None:
+    """Show questions made from TABLE as the model will see them, with the truth marked.
+
+    These are records of this hospital's patients: for its own screen only. Options and hidden features come from this
+    table's own counts; in a run they come from all hospitals' summed counts.
+    """
+    import numpy as np
+
+    from ..common.config import QuestionsConfig
+    from ..common.counts import count
+    from ..common.dictionary import load_dictionary
+    from ..common.errors import RegistryError
+    from ..common.question import LETTERS, chat, load_prompt, prefill
+    from ..common.schema import derive_schema
+    from .questions import QuestionBuilder
+    from .registry import read_registry
+
+    described, template = load_dictionary(dictionary), load_prompt(prompt)
+    settings = QuestionsConfig() if features is None else QuestionsConfig(features_per_record=features)
+    registry = read_registry(table, described, _mapping(site))
+    schema = derive_schema(count(registry.values, described), described, settings)
+    rng = np.random.default_rng(seed)
+    # Rows without anything to ask are skipped, so more are offered than are needed.
+    rows = rng.permutation(len(registry))[: 20 * number]
+    asked = QuestionBuilder(registry, schema, template, settings).build(rows, rng)[:number]
+    if not asked:
+        raise RegistryError(f"{table}: no row has a value to ask and another to show")
+    click.echo(
+        f"Options and hidden features come from this table's own counts ({len(registry)} rows); in a run they come "
+        "from all hospitals' summed counts.\n"
+    )
+    for position, question in enumerate(asked, start=1):
+        hidden = ", ".join(schema.hidden[question.target]) or "none"
+        click.echo(f"── {position} of {len(asked)} · {question.kind} '{question.target}' · {question.section} ──")
+        for message in chat(template, question):
+            click.echo(f"[{message['role']}]\n{message['content']}")
+        click.echo(f"[assistant]\n{prefill(template, reasoning)}")
+        letter = LETTERS[question.answer]
+        click.echo(f"→ truth: {letter} ({question.options[question.answer]}) · never shown with it: {hidden}\n")
+    if len(asked) < number:
+        click.echo(f"{len(asked)} of {number}: no more rows have something to ask", err=True)
+
+
+@click.command(
+    context_settings=_SETTINGS,
+    epilog="Example: wardround evaluate runs/demo/model table.parquet support_icu --schema runs/demo/schema.json "
+    "--config runs/demo/config.resolved.toml --out score.json",
+)
+@click.argument("model")
+@click.argument("table", type=_PATH)
+@click.argument("dictionary", type=_PATH)
+@click.option("--out", required=True, type=_PATH, help="Where the JSON goes.")
+@click.option("--schema", type=_PATH, default=None, help="A run's schema.json; else from TABLE's training patients.")
+@click.option("-n", "--number", type=click.IntRange(1), default=500, show_default=True, help="Most questions asked.")
+@click.option("--adapter", type=_PATH, default=None, help="A peft adapter folder to put on MODEL.")
+@click.option("--config", type=_PATH, default=Path("demo"), show_default=True, help="Run config: prompt, questions.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a config key; may be repeated.")
+@click.option("--site", type=_PATH, default=None, help="site.toml: this hospital's mapping and its own test patients.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+def evaluate(
+    model: str,
+    table: Path,
+    dictionary: Path,
+    out: Path,
+    schema: Path | None,
+    number: int,
+    adapter: Path | None,
+    config: Path,
+    overrides: tuple[str, ...],
+    site: Path | None,
+    seed: int,
+) -> None:
+    """Score MODEL (a folder, a packaged name or a cached id) on held-out patients of TABLE.
+
+    One question a patient, of the 20 % whose keyed hash makes them test patients: a hospital's own with --site, else
+    divided by a public key, which is right only for a registry that MODEL was not trained on.
+    """
+    from ..common.config import load_run
+    from ..common.errors import ConfigError
+    from ..common.progress import progress_bar
+    from . import score as step
+
+    if out.is_dir():
+        raise ConfigError(f"--out {out}: expected a file, got a folder")
+    settings = step.model_config(load_run(config, overrides), model)
+    request = step.Request(
+        table=table, dictionary=dictionary, config=settings, adapter=adapter, schema=schema, site=site,
+        n_questions=number, seed=seed,
+    )  # fmt: skip
+    with progress_bar("questions", number) as advance:
+        result = step.score(request, lambda done, _total: advance(done, ""))
+    step.write(out, result)
+    _print_score(result)
+    click.echo(out)
+
+
+def _print_score(result: dict) -> None:
+    from rich.table import Table
+
+    shown = Table(title=f"{result['n']} questions, one a test patient", title_justify="left")
+    shown.add_column("")
+    shown.add_column("accuracy", justify="right")
+    shown.add_column("95 % interval", justify="right")
+    for name in ("model", "majority"):
+        low, high = result[name]["ci95"]
+        shown.add_row(name, f"{result[name]['accuracy']:.1%}", f"{low:.1%} to {high:.1%}")
+    shown.add_row("chance", f"{result['chance']:.1%}", "")
+    _console().print(shown)
