@@ -176,20 +176,32 @@ def rollout(
     return completions
 
 
-def _choose(log_probs: Tensor, generator: torch.Generator | None) -> tuple[list[int], list[float]]:
-    """One token a row, and its log-probability.
+def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
+    """Samples from distributions by the inverse of their distribution functions, in float64.
 
-    By the inverse of the distribution function in float64: one uniform number a row, so that what one row draws does
-    not depend on the size of the vocabulary, and a token of probability zero is never drawn.
+    One uniform number decides one sample, so what a row draws depends neither on other rows nor on the size of the
+    vocabulary. A token of probability zero is never drawn.
+
+    Args:
+        log_probs: shape (n, vocabulary).
+        uniform: float64 in [0, 1), shape (n, k).
+
+    Returns:
+        int64 (n, k), token indices.
     """
+    below = log_probs.exp().cumsum(1, dtype=torch.float64)
+    total = below[:, -1:]
+    # The product may round up to the whole mass; the last token with any mass is then the one meant.
+    wanted = torch.minimum(uniform.to(total.device) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(below, wanted, right=True)
+
+
+def _choose(log_probs: Tensor, generator: torch.Generator | None) -> tuple[list[int], list[float]]:
+    """One token a row, sampled or (without a generator) the most likely, and its log-probability."""
     if generator is None:
         chosen = log_probs.argmax(1, keepdim=True)
     else:
-        total = log_probs.exp().cumsum(1, dtype=torch.float64)
-        uniform = torch.rand(len(total), 1, generator=generator, dtype=torch.float64).to(total.device)
-        # The product may round up to the whole mass; the last token with any mass is then the one meant.
-        drawn = torch.minimum(uniform * total[:, -1:], torch.nextafter(total[:, -1:], torch.zeros_like(total[:, -1:])))
-        chosen = torch.searchsorted(total, drawn, right=True)
+        chosen = draw(log_probs, torch.rand(len(log_probs), 1, generator=generator, dtype=torch.float64))
     return chosen[:, 0].tolist(), log_probs.gather(1, chosen)[:, 0].tolist()
 
 

@@ -46,7 +46,7 @@ class SharedPrefix:
         Raises:
             ModelError: the model cannot share a prefix (attention windows, gradient checkpointing, no causal decoder).
         """
-        self.base = _base(lm)
+        self.base = causal_model(lm)
         self.group_size, self.n_prompts = group_size, len(prompts)
         self.lengths = torch.tensor([len(ids) for ids in prompts], device=lm.device)
         longest = max(len(ids) for ids in prompts)
@@ -201,8 +201,8 @@ def _attention(base: Any) -> Iterator[None]:
         base.config._attn_implementation = before
 
 
-def _base(lm: LanguageModel) -> Any:
-    """The causal language model under the adapter.
+def causal_model(lm: LanguageModel) -> Any:
+    """The causal language model under the adapter, checked: it can share a prompt among completions.
 
     Raises:
         ModelError: it cannot share a prefix.
@@ -215,7 +215,7 @@ def _base(lm: LanguageModel) -> Any:
         raise ModelError(
             f"model '{lm.config.id}': attention windows ({', '.join(sorted(kinds))}) cannot share a prompt"
         )
-    if getattr(base, "is_gradient_checkpointing", False):
+    if getattr(base, "is_activation_checkpointing", False):
         raise ModelError("gradient checkpointing drops the shared prompt's keys and values: switch it off")
     return base
 

@@ -1,0 +1,54 @@
+"""Which patients a step trains on: one Poisson draw a step.
+
+Runs at a hospital. Enters: its question source and a generator. What comes out are patients' questions; they stay here.
+The generator is the run's while nothing is promised about single patients; under differential privacy draws come from
+the site's own secret.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+
+from ..common.question import Question
+
+
+class QuestionSource(Protocol):
+    """Where questions come from: one hospital's training patients."""
+
+    @property
+    def n_patients(self) -> int:
+        """Patients that may be drawn."""
+        ...
+
+    def draw(self, patient_indices: np.ndarray, rng: np.random.Generator) -> list[Question]:
+        """At most one question for each patient index."""
+        ...
+
+
+class Draws:
+    """The steps of a round: each iteration is the questions of one Poisson draw, possibly none.
+
+    Every patient is drawn with the same probability, independently of all others and of earlier steps; a draw is never
+    cut to a size. Shuffled batches do not have the privacy of Poisson draws (Chua et al. 2024, arXiv 2403.17673).
+
+    Attributes:
+        rate: q, the probability of every patient in every step.
+        expected_patients: q·N, the normaliser of a step's loss; a constant of the round.
+    """
+
+    def __init__(self, source: QuestionSource, patients_per_step: float, steps: int, rng: np.random.Generator) -> None:
+        self.source, self.steps, self.rng = source, steps, rng
+        self.rate = min(1.0, patients_per_step / max(source.n_patients, 1))
+        # Without patients every draw is empty; any positive constant will do.
+        self.expected_patients = self.rate * source.n_patients or patients_per_step
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[Question]]:
+        for _ in range(self.steps):
+            drawn = np.flatnonzero(self.rng.random(self.source.n_patients) < self.rate)
+            yield self.source.draw(drawn, self.rng) if len(drawn) else []

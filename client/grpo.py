@@ -1,0 +1,423 @@
+"""One local GRPO round at a hospital: draws of patients → questions → completions → rewards → a new adapter.
+
+Runs at a hospital, on its own patients. Enters: the model with the round's starting adapter, a source of questions, the
+run's config, a seed. Leaves (through client/site.py and the gate after it): the trained vector and sums over the
+round. Questions, completions and single rewards stay here.
+
+The engine is trl's GRPOTrainer (arXiv 2402.03300): its rewards, advantages and loss run unchanged. What is exchanged,
+and why:
+
+    get_train_dataloader                  a step is one Poisson draw of patients, not a shuffled batch
+    training_step                         one draw, one step; parts are weighted by constants; an empty draw still steps
+    _generate_and_score_completions       questions travel beside the prompts; the reference is the round's start
+    _get_per_token_logps_and_entropies    one pass over the prompt for the whole group (common/lm/prefix.py)
+
+Departures from trl: the normaliser is the expected number of patients (client/grpo_loss.py); forced letters are scored
+under the softmax over the question's options; groups whose advantages are all zero are not run backward (their gradient
+is zero). One update per draw, so the policy ratio is 1 and clipping never acts.
+
+The reference model of beta > 0 is the round's starting adapter. trl does the same with a copy of the adapter inside the
+model; here the starting values are swapped in for the time of a forward pass, so that the adapter's tensors stay those
+of the manifest.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers.trainer_callback import PrinterCallback
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from ..common.config import RunConfig
+from ..common.lm.generation import Answering, Completion, completion_log_probs, draw, rollout
+from ..common.lm.models import LanguageModel
+from ..common.lm.prefix import SharedPrefix, causal_model, option_log_softmax
+from ..common.lm.scoring import encode
+from ..common.question import PromptTemplate, Question
+from ..common.seeds import derive_rng, derive_seed
+from .draws import Draws, QuestionSource
+from .grpo_loss import StepScale, exact_loss, parts_by_tokens, rows_of
+from .reward import RoundCounts, reward, trl_reward
+
+
+@dataclass
+class LocalResult:
+    """What one round at one hospital gave.
+
+    Attributes:
+        vector: the new trainable vector, float32.
+        steps: optimizer steps.
+        reward_histogram: `RoundCounts.histogram`.
+        seconds: wall time.
+        phase_seconds: of it: rollout, loss (forward and backward), other (the optimizer, building the engine).
+        The others: as in `RoundCounts` (client/reward.py).
+    """
+
+    vector: npt.NDArray[np.float32]
+    questions: int
+    completions: int
+    reward_sum: float
+    boxed: int
+    completion_tokens: int
+    steps: int
+    empty_draws: int
+    reward_histogram: npt.NDArray[np.int64]
+    seconds: float
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question with its prompt as the model reads it."""
+
+    question: Question
+    prompt: list[int]
+
+    @property
+    def n_options(self) -> int:
+        return len(self.question.options)
+
+
+def train_local_round(
+    lm: LanguageModel,
+    source: QuestionSource,
+    template: PromptTemplate,
+    config: RunConfig,
+    *,
+    seed: int,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> LocalResult:
+    """Trains from the vector that `lm` holds; afterwards `lm` holds the result.
+
+    The same arguments give the same bits on one machine: draws, questions and samples come from `seed` alone.
+
+    Args:
+        lm: model with the round's starting adapter.
+        source: this hospital's questions.
+        template: their prompt.
+        config: the run's; `grpo`, `questions.reasoning_tokens` and `speed` are read.
+        seed: of this round at this site.
+        on_step: called after every step with (steps done, steps, mean reward of the step; NaN for an empty draw).
+
+    Raises:
+        ModelError: the model cannot share a prompt among completions, or its tokenizer splits option letters.
+        VerificationError: training gave a vector that is not finite.
+    """
+    began = time.perf_counter()
+    if config.speed.threads:
+        torch.set_num_threads(config.speed.threads)
+    engine = Engine(lm, source, template, config, seed=seed, on_step=on_step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # trl asks for names that transformers has renamed
+        try:
+            engine.train()
+        finally:
+            engine.close()
+    total, counts = time.perf_counter() - began, engine.counts
+    phases = {**engine.phase_seconds, "other": total - sum(engine.phase_seconds.values())}
+    return LocalResult(
+        vector=lm.vector(),
+        questions=counts.questions,
+        completions=counts.completions,
+        reward_sum=counts.reward_sum,
+        boxed=counts.boxed,
+        completion_tokens=counts.completion_tokens,
+        steps=engine.state.global_step,
+        empty_draws=counts.empty_draws,
+        reward_histogram=counts.histogram,
+        seconds=total,
+        phase_seconds=phases,
+    )
+
+
+class Engine(GRPOTrainer):
+    """trl's trainer for one round; made and thrown away with it (tens of milliseconds).
+
+    Contract with trl 1.16: tests/client/test_trl_contract.py.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        source: QuestionSource,
+        template: PromptTemplate,
+        config: RunConfig,
+        *,
+        seed: int,
+        on_step: Callable[[int, int, float], None] | None = None,
+    ) -> None:
+        grpo, reasoning = config.grpo, config.questions.reasoning_tokens
+        self.lm, self.template, self.grpo, self.reasoning_tokens = lm, template, grpo, reasoning
+        self.answering = Answering(lm, template)
+        self.draws = Draws(source, grpo.patients_per_step, grpo.local_steps, derive_rng(seed, "draws"))
+        self.sampler = torch.Generator().manual_seed(derive_seed(seed, "sampling"))
+        self.tokens_per_backward = config.speed.tokens_per_backward
+        self.on_step = on_step
+        self.counts = RoundCounts(grpo.group_size)
+        self.phase_seconds = {"rollout": 0.0, "loss": 0.0}
+        base = causal_model(lm)
+        own_forward = vars(base).get("forward")
+        # trl asks for a folder though nothing is written; warnings are about defaults that do not apply here.
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                super().__init__(
+                    model=lm.model,
+                    args=_arguments(config, folder, seed, lm.device),
+                    reward_funcs=cast(Any, trl_reward),
+                    rollout_func=self._rollout,
+                    train_dataset=Dataset.from_dict({"prompt": [""]}),  # never read
+                    processing_class=lm.tokenizer,
+                )
+            finally:
+                # trl replaces model.forward by one with a fused head, in a chain that grows with every trainer.
+                vars(base).pop("forward", None)
+                if own_forward is not None:
+                    base.forward = own_forward
+        self.remove_callback(PrinterCallback)
+        # Trainer.train frees memory first, which collects garbage over the whole process: a quarter of a second.
+        self.accelerator.free_memory = self._forget_prepared  # type: ignore[method-assign]
+        self.trained = [parameter for parameter in lm.model.parameters() if parameter.requires_grad]
+        self.beta = grpo.beta  # after super().__init__, which would add a copy of the adapter to the model
+        self.starting_values = [p.detach().clone() for p in self.trained] if self.beta else []
+        self._known: Tensor | None = None
+        self._part: tuple[list[Asked], list[Completion]] = ([], [])
+        self._uniform = torch.empty(0)
+
+    def close(self) -> None:
+        """Leaves the model as evaluation wants it and drops what refers to it."""
+        self.lm.model.eval()
+        for parameter in self.trained:
+            parameter.grad = None
+        self.optimizer = self._known = None
+        self._part, self.starting_values = ([], []), []
+
+    def _forget_prepared(self, *objects: Any) -> list[None]:
+        self.accelerator._schedulers, self.accelerator._optimizers = [], []
+        self.accelerator._models, self.accelerator._dataloaders = [], []
+        self.accelerator.step = 0
+        return [None] * len(objects)
+
+    def get_train_dataloader(self) -> Draws:  # type: ignore[override]
+        return self.draws
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Gradients of one step; the caller (Trainer) steps the optimizer.
+
+        Gradients start at zero, not at None: with an empty draw, or without any reward variance, the optimizer's
+        moments decay and its step count rises as always.
+        """
+        model.train()
+        for parameter in self.trained:
+            parameter.grad = torch.zeros_like(parameter)
+        total, before = torch.zeros((), device=self.lm.device), (self.counts.reward_sum, self.counts.completions)
+        for loss in self.losses(inputs):
+            began = time.perf_counter()
+            self.accelerator.backward(loss)
+            total += loss.detach()
+            self.phase_seconds["loss"] += time.perf_counter() - began
+        self.counts.add_draw(len(inputs))
+        self._step += 1
+        if self.on_step is not None:
+            count = self.counts.completions - before[1]
+            mean = (self.counts.reward_sum - before[0]) / count if count else float("nan")
+            self.on_step(self._step, len(self.draws), mean)
+        return total
+
+    def losses(self, questions: Sequence[Question], *, one_by_one: bool = False) -> Iterator[Tensor]:
+        """The step's loss in parts that are to be run backward one after another.
+
+        Args:
+            questions: of one draw.
+            one_by_one: one patient's group a part (per-patient gradients), else as many as the speed settings allow.
+
+        Yields:
+            Scalars that add up to the step's loss. Groups whose gradient is zero are left out.
+        """
+        if not questions:
+            return
+        reasoning = self.reasoning_tokens > 0
+        asked = [Asked(question, encode(self.lm, self.template, question, reasoning)) for question in questions]
+        scale = StepScale(self.grpo.loss_type, self.draws.expected_patients, len(asked), len(asked))
+        if reasoning:
+            yield from self._sampled_losses(asked, one_by_one)
+            return
+        # One uniform number a completion, drawn for the whole step: parts do not change what is sampled.
+        shape = len(asked), self.grpo.group_size
+        self._uniform = torch.rand(shape, generator=self.sampler, dtype=torch.float64)
+        uniform = self._uniform
+        for part in parts_by_tokens([len(one.prompt) for one in asked], self.tokens_per_backward, one_by_one):
+            self._uniform, mine = uniform[part], [asked[index] for index in part]
+            if self.grpo.expectation == "exact":
+                yield self._exact_loss(mine) * scale.weight(len(part), len(part))
+            else:
+                batch = self._generate_and_score_completions(mine)
+                # A completion is one token here, so all loss types are the mean over completions.
+                yield self.compute_loss(self.model, batch) * (len(part) / scale.expected_patients)
+
+    def _sampled_losses(self, asked: list[Asked], one_by_one: bool) -> Iterator[Tensor]:
+        group = self.grpo.group_size
+        batch = self._generate_and_score_completions(asked)
+        completions = self._part[1]
+        tokens = [sum(sum(c.in_loss) for c in completions[i * group : (i + 1) * group]) for i in range(len(asked))]
+        scale = StepScale(self.grpo.loss_type, self.draws.expected_patients, len(asked), sum(tokens))
+        moving = batch["advantages"].view(-1, group).abs().amax(1) > 0
+        live = [index for index in range(len(asked)) if self.beta or bool(moving[index])]
+        longest = [max(len(c.ids) for c in completions[i * group : (i + 1) * group]) for i in live]
+        costs = [len(asked[i].prompt) + group * width for i, width in zip(live, longest, strict=True)]
+        for part in parts_by_tokens(costs, self.tokens_per_backward, one_by_one):
+            began = time.perf_counter()
+            chosen = [live[index] for index in part]
+            rows = [row for index in chosen for row in range(index * group, (index + 1) * group)]
+            self._part = [asked[index] for index in chosen], [completions[row] for row in rows]
+            width = max(longest[index] for index in part)
+            loss = self.compute_loss(self.model, rows_of(batch, rows, width))
+            weight = scale.weight(len(chosen), sum(tokens[index] for index in chosen))
+            self.phase_seconds["loss"] += time.perf_counter() - began
+            yield loss * weight
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        """Completions, rewards and advantages of one list of `Asked`; the rows of a group lie next to each other."""
+        self._part = list(inputs), []
+        rows = [{"prompt": "", "question": asked.question} for asked in inputs for _ in range(self.grpo.group_size)]
+        beta, self.beta = self.beta, 0.0  # trl's own reference would be another adapter inside the model
+        try:
+            batch = super()._generate_and_score_completions(rows)
+        finally:
+            self.beta = beta
+        if self.beta:
+            with self._starting_values(), torch.no_grad():
+                batch["ref_per_token_logps"] = self._log_probs_now()
+        self._count()
+        return batch
+
+    def _rollout(self, prompts: Any, trainer: Any) -> dict[str, Any]:
+        """trl's rollout function; prompts and questions are in `_part`."""
+        began = time.perf_counter()
+        asked, group = self._part[0], self.grpo.group_size
+        if self.reasoning_tokens:
+            self._known = None
+            completions = rollout(
+                self.lm,
+                self.answering,
+                [one.prompt for one in asked],
+                [one.n_options for one in asked],
+                group_size=group,
+                max_tokens=self.reasoning_tokens,
+                temperature=self.grpo.temperature,
+                generator=self.sampler,
+            )
+        else:
+            log_probs = self._option_log_probs(asked)
+            chosen = draw(log_probs.detach(), self._uniform)
+            self._known = log_probs.gather(1, chosen).reshape(-1, 1)
+            letters, completions = self.answering.letters.tolist(), []
+            for option in chosen.flatten().tolist():
+                completions.append(Completion(generated=1, answer=option, forced=True))
+                completions[-1].add(letters[option], 0.0)
+        self._part = asked, completions
+        self.phase_seconds["rollout"] += time.perf_counter() - began
+        return {
+            "prompt_ids": [one.prompt for one in asked for _ in range(group)],
+            "completion_ids": [completion.ids for completion in completions],
+            "logprobs": None,
+            "env_mask": [[int(own) for own in completion.in_loss] for completion in completions],
+            "chosen": [completion.answer for completion in completions],
+        }
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, None]:
+        """Log-probabilities of the rows in `_part`. Entropies (only trl's metrics want them) are not computed: zero."""
+        log_probs = self._known if self._known is not None else self._log_probs_now()
+        return log_probs, torch.zeros_like(log_probs), None
+
+    def _log_probs_now(self) -> Tensor:
+        """Log-probabilities of the completions in `_part` under the values that the model holds."""
+        asked, completions = self._part
+        if not self.reasoning_tokens:
+            chosen = torch.tensor([completion.answer for completion in completions], device=self.lm.device)
+            return self._option_log_probs(asked).gather(1, chosen.view(len(asked), -1)).reshape(-1, 1)
+        prompts, n_options = [one.prompt for one in asked], [one.n_options for one in asked]
+        return completion_log_probs(self.lm, self.answering, prompts, completions, n_options, self.grpo.temperature)
+
+    def _option_log_probs(self, asked: list[Asked]) -> Tensor:
+        """Answer-only: log-probabilities over the options, (n, most options); one forward pass."""
+        prefix = SharedPrefix(self.lm, [one.prompt for one in asked], 1)
+        n_options = torch.tensor([one.n_options for one in asked], device=self.lm.device)
+        letters = self.answering.letters[: max(one.n_options for one in asked)]
+        return option_log_softmax(prefix.base, prefix.last_hidden, letters, n_options, self.grpo.temperature)
+
+    def _exact_loss(self, asked: list[Asked]) -> Tensor:
+        truth = torch.tensor([one.question.answer for one in asked], device=self.lm.device)
+        began = time.perf_counter()
+        log_probs = self._option_log_probs(asked)
+        right = log_probs.detach().gather(1, truth[:, None])[:, 0].exp().double().cpu().numpy()
+        self.counts.add_probabilities(right)
+        loss = exact_loss(log_probs, truth, self.grpo.scale_rewards).mean()
+        self.phase_seconds["loss"] += time.perf_counter() - began
+        return loss
+
+    def _count(self) -> None:
+        asked, completions = self._part
+        rewards = [reward(c.answer, asked[row // self.grpo.group_size].question) for row, c in enumerate(completions)]
+        self.counts.add_rewards(
+            np.array(rewards).reshape(len(asked), self.grpo.group_size),
+            boxed=sum(completion.boxed for completion in completions),
+            tokens=sum(completion.generated for completion in completions),
+        )
+
+    @contextmanager
+    def _starting_values(self) -> Iterator[None]:
+        """Within it the model holds the round's starting values."""
+        now = [parameter.data for parameter in self.trained]
+        for parameter, value in zip(self.trained, self.starting_values, strict=True):
+            parameter.data = value
+        try:
+            yield
+        finally:
+            for parameter, value in zip(self.trained, now, strict=True):
+                parameter.data = value
+
+
+def _arguments(config: RunConfig, folder: str, seed: int, device: torch.device) -> GRPOConfig:
+    """trl's settings; everything that couples patients beyond the loss type stays off."""
+    grpo = config.grpo
+    return GRPOConfig(
+        output_dir=folder,
+        seed=seed % 2**32,
+        use_cpu=device.type == "cpu",
+        bf16=False,  # the model's own dtype; no autocast
+        max_steps=grpo.local_steps,
+        per_device_train_batch_size=grpo.group_size,
+        num_generations=grpo.group_size,
+        # The longest completion: reasoning and a letter.
+        max_completion_length=config.questions.reasoning_tokens + 1,
+        temperature=grpo.temperature,
+        loss_type=grpo.loss_type,
+        scale_rewards=grpo.scale_rewards,
+        beta=0.0,
+        learning_rate=grpo.learning_rate,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        optim="adamw_torch",
+        disable_dropout=True,
+        gradient_checkpointing=False,
+        remove_unused_columns=False,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )

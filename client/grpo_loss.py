@@ -1,0 +1,116 @@
+"""What GRPO adds up to beyond trl's own loss: weights of parts of a step, and the exact expectation over options.
+
+Runs at a hospital. Pure functions on tensors.
+
+A step's loss is a sum over drawn patients divided by the expected number of patients q·N, a constant of the run, never
+by how many the draw happened to give: that is what makes one patient's share of the gradient independent of who else
+was drawn (Ponomareva et al. 2023, §5), and what differential privacy needs later. With as many drawn patients as
+expected it is trl's loss exactly.
+
+    dr_grpo   patient: sum over its tokens / (G · longest completion)           separable by patient
+    grpo      patient: mean over completions of the mean over tokens            separable by patient
+    bnpo      tokens of all drawn patients share one normaliser, their count    coupled
+    dapo      the same (trl's two differ only across micro-batches, and a step has one normaliser here)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+LossType = Literal["dr_grpo", "grpo", "bnpo", "dapo"]
+
+# trl adds it to the standard deviation of a group's rewards.
+ADVANTAGE_EPSILON = 1e-4
+
+
+@dataclass(frozen=True)
+class StepScale:
+    """One step's normaliser.
+
+    Attributes:
+        loss_type: which loss.
+        expected_patients: q·N.
+        drawn_patients: in this step.
+        drawn_tokens: tokens in the loss, over all drawn patients.
+    """
+
+    loss_type: LossType
+    expected_patients: float
+    drawn_patients: int
+    drawn_tokens: int
+
+    def weight(self, patients: int, tokens: int) -> float:
+        """What trl's loss of a part of the step is multiplied by, so that the parts add up to the step's loss.
+
+        Args:
+            patients: in the part.
+            tokens: in the loss, of the part.
+        """
+        if self.loss_type in ("dr_grpo", "grpo"):  # trl's loss is a mean over the part's patients
+            return patients / self.expected_patients
+        whole = self.drawn_patients / self.expected_patients
+        if self.loss_type == "dapo":  # trl divides by the whole step's tokens already
+            return whole
+        return whole * tokens / self.drawn_tokens
+
+
+def exact_loss(log_probs: Tensor, truth: Tensor, scale_rewards: str) -> Tensor:
+    """Loss of answer-only questions in the limit of infinitely many completions, one value a patient.
+
+    With p the policy's probabilities over the options and the truth t, a completion that answers o has the advantage
+    A_o = r_o − p_t, divided by √(p_t(1 − p_t)) under group scaling. GRPO's expected gradient is Σ_o p_o A_o ∇log p_o:
+    the gradient of −Σ_o p_o A_o with A held constant. No sampling, so no sampling noise.
+
+    Args:
+        log_probs: (n, most options), with gradient; -inf past a row's own options.
+        truth: int64 (n,).
+        scale_rewards: `group` or `none`.
+
+    Returns:
+        float32 (n,), to be minimised; its value is 0, its gradient is what counts.
+    """
+    p = log_probs.exp()
+    right = p.detach().gather(1, truth[:, None])
+    advantages = torch.zeros_like(p).scatter_(1, truth[:, None], 1.0) - right
+    if scale_rewards == "group":
+        advantages = advantages / ((right * (1 - right)).clamp(min=0).sqrt() + ADVANTAGE_EPSILON)
+    return -(p * advantages.detach()).sum(1)
+
+
+def parts_by_tokens(costs: Sequence[int], budget: int, one_by_one: bool = False) -> Iterator[list[int]]:
+    """Indices in parts whose cost (number × dearest) stays within a budget; at least one index a part.
+
+    Args:
+        costs: tokens of each patient's forward pass.
+        budget: tokens of a part.
+        one_by_one: one patient a part whatever the budget (per-patient gradients).
+
+    >>> list(parts_by_tokens([10, 30, 12, 500], 40))
+    [[0, 2], [1], [3]]
+    """
+    part: list[int] = []
+    for index in sorted(range(len(costs)), key=lambda index: (costs[index], index)):
+        if part and (one_by_one or (len(part) + 1) * costs[index] > budget):
+            yield part
+            part = []
+        part.append(index)
+    if part:
+        yield part
+
+
+def rows_of(batch: dict[str, Any], rows: list[int], width: int) -> dict[str, Any]:
+    """Some rows of a batch, completions cut to `width` columns; what belongs to the whole step stays."""
+    result: dict[str, Any] = {}
+    for key, value in batch.items():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            result[key] = value
+        elif key in ("completion_ids", "completion_mask", "tool_mask", "ref_per_token_logps"):
+            result[key] = value[rows, :width]
+        else:
+            result[key] = value[rows]
+    return result
