@@ -1,0 +1,274 @@
+"""Whole runs on one machine with a tiny model: the files, the refusals, and a kill in the middle of a round."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from wardround.client.folder import Site
+from wardround.client.registry import read_registry
+from wardround.common.config import RunConfig, load_run
+from wardround.common.dictionary import load_dictionary
+from wardround.common.errors import ConfigError, ModelError, RunFolderError
+from wardround.common.files import read_record
+from wardround.server.cohort import QuorumError
+from wardround.server.tracking import SilentProgress
+from wardround.simulations.federation import load_registry, simulate
+
+REPOSITORY = Path(__file__).parents[2]
+PHASES = ("train.local", "query.collect", "evaluate.validate")
+RUN = """
+import sys
+from pathlib import Path
+from wardround.common.cli import quiet_third_parties
+quiet_third_parties()
+from wardround.common.config import load_run
+from wardround.simulations.federation import simulate
+simulate(load_run(Path(sys.argv[1])), Path(sys.argv[2]), resume=len(sys.argv) > 3)
+"""
+
+
+def settings(base: Path, **changes: Any) -> RunConfig:
+    data: dict[str, Any] = {
+        "name": "trial",
+        "seed": 3,
+        "model": {"id": str(base), "device": "cpu", "prompt": "en_short"},
+        "warmup": {"enabled": False},
+        "grpo": {"local_steps": 2, "patients_per_step": 4, "expectation": "exact", "learning_rate": 0.01},
+        "federation": {"rounds": 2, "validation_questions_per_site": 5, "rollback_tolerance": 1.0},
+        "evaluation": {"questions_per_site": 10, "bootstrap_samples": 100, "samples": 1, "sample_tokens": 3},
+        "simulation": {"registry": "synthetic", "sites": 3},
+    }
+    return RunConfig.model_validate({**data, **changes})
+
+
+class Recorder(SilentProgress):
+    """Remembers phases and rounds."""
+
+    def __init__(self) -> None:
+        self.phases: list[tuple[str, int]] = []
+        self.rounds: list[int] = []
+
+    def begin(self, phase: str, round_index: int, sites: object) -> None:
+        self.phases.append((phase, round_index))
+
+    def round_done(self, record: Any, rounds: int) -> None:
+        self.rounds.append(record["round"])
+
+
+Whole = tuple[Path, dict[str, Any], Recorder]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> Whole:
+    """One run, uninterrupted."""
+    out, seen = tmp_path_factory.mktemp("federation") / "run", Recorder()
+    return out, simulate(settings(tiny_model_path), out, resume=False, progress=seen), seen
+
+
+def final_digest(out: Path) -> str:
+    return read_record(out / "journal" / "finalize.record").values["model_digest"]
+
+
+def rounds(out: Path) -> list[dict[str, Any]]:
+    """rounds.jsonl without times, and without bytes sent: a time is part of a reply, and not always as long."""
+    lines = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+    timed = ("seconds", "seconds_train", "bytes_up")
+    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
+
+
+def test_a_run_goes_through_every_phase_in_order(whole: Whole):
+    assert whole[2].phases == [
+        ("warm-up", 0), ("counts", 0), ("schema", 0), ("validate", 0),
+        ("train", 1), ("collect", 1), ("validate", 1),
+        ("train", 2), ("collect", 2), ("validate", 2),
+        ("evaluate", 2), ("finalize", 2),
+    ]  # fmt: skip
+    assert whole[2].rounds == [1, 2]
+
+
+def test_a_run_leaves_the_files_that_others_rely_on(whole: Whole):
+    out, evaluation, _ = whole
+    for name in ("config.resolved.toml", "schema.json", "rounds.jsonl", "evaluation.json", "run.json"):
+        assert (out / name).stat().st_size > 0
+    for name in ("adapter", "model", "journal", "sites", "tensorboard"):
+        assert (out / name).is_dir()
+    assert json.loads((out / "evaluation.json").read_text()) == evaluation
+    assert (
+        load_run(out / "config.resolved.toml").digest() == json.loads((out / "run.json").read_text())["config_digest"]
+    )
+    assert {"base", "warmup", "final", "majority", "chance", "by_feature", "mcnemar_p"} <= set(evaluation)
+    assert evaluation["final"]["n"] == 30
+    first = json.loads((out / "rounds.jsonl").read_text().splitlines()[0])
+    assert {"round", "site_count", "reward_mean", "seconds", "bytes_up"} <= set(first)
+    assert all(line["site_count"] == 3 for line in rounds(out))
+
+
+def test_training_moves_the_adapter_and_every_site_gets_the_final_one(whole: Whole):
+    out = whole[0]
+    summary = json.loads((out / "run.json").read_text())
+    assert rounds(out)[0]["update_norm_l2"] > 0
+    assert len({summary["warmup_digest"], rounds(out)[0]["model_digest"], rounds(out)[1]["model_digest"]}) == 3
+    for site in (out / "sites").iterdir():
+        (adapter,) = (site / "state" / "runs").glob("*/adapter")
+        assert (adapter / "digest.txt").read_text().strip() == final_digest(out) == summary["final_digest"]
+        assert (adapter / "adapter_model.safetensors").is_file()
+        assert Site.open(site / "site.toml").ledger.verify() == 12  # one reply a phase
+
+
+def test_the_coordinators_bytes_are_those_of_the_ledgers(whole: Whole):
+    out = whole[0]
+    for text in (out / "rounds.jsonl").read_text().splitlines():
+        line, sent = json.loads(text), 0
+        for site in (out / "sites").iterdir():
+            entries = [json.loads(text) for text in (site / "state" / "ledger.jsonl").read_text().splitlines()]
+            phases = ("train.local", "query.collect", "evaluate.validate")
+            sent += sum(
+                entry["bytes"] for entry in entries if entry["round"] == line["round"] and entry["phase"] in phases
+            )
+        assert sent == line["bytes_up"]
+
+
+def test_sites_hold_the_registry_between_them_and_nothing_twice(whole: Whole, tiny_model_path: Path):
+    registry = load_registry(settings(tiny_model_path))
+    patients: list[str] = []
+    for site in sorted((whole[0] / "sites").iterdir()):
+        part = read_registry(site / "registry.parquet", load_dictionary(site / "dictionary.toml"))
+        patients += part.patients.tolist()
+    assert sorted(patients) == sorted(registry.patients.tolist())
+
+
+def test_whether_a_patient_is_held_out_does_not_depend_on_the_partition(
+    whole: Whole, tmp_path: Path, tiny_model_path: Path
+):
+    from wardround.simulations.federation import divide, write_sites
+
+    def test_patients(folder: Path) -> set[str]:
+        sites = [Site.open(path) for path in folder.glob("*/site.toml")]
+        return {patient for site in sites for patient in site.registry.patients[site.splits["test"]].tolist()}
+
+    config = settings(tiny_model_path, simulation={"registry": "synthetic", "sites": 7})
+    registry = load_registry(config)
+    write_sites(registry, divide(registry, config), config, tmp_path / "sites")
+    assert test_patients(tmp_path / "sites") == test_patients(whole[0] / "sites")
+
+
+def test_a_finished_run_is_shown_again_and_asks_the_model_nothing(whole: Whole, tiny_model_path: Path):
+    out, evaluation, _ = whole
+    seen = Recorder()
+    assert simulate(settings(tiny_model_path), out, resume=True, progress=seen) == evaluation
+    assert seen.phases == [("warm-up", 0), ("schema", 0)]
+    assert seen.rounds == [1, 2]
+
+
+def test_the_same_run_in_another_folder_gives_the_same_adapter(whole: Whole, tmp_path: Path, tiny_model_path: Path):
+    simulate(settings(tiny_model_path), tmp_path / "run", resume=False)
+    assert final_digest(tmp_path / "run") == final_digest(whole[0])
+    assert rounds(tmp_path / "run") == rounds(whole[0])
+
+
+@pytest.mark.parametrize("waited_for", ["first-update", "trained", "applied"])
+def test_kill_9_in_round_2_then_resume_gives_the_same_adapter_bit_for_bit(
+    whole: Whole, tmp_path: Path, tiny_model_path: Path, waited_for: str
+):
+    out = tmp_path / "run"
+    (tmp_path / "run.toml").write_text((whole[0] / "config.resolved.toml").read_text())
+    command = [sys.executable, "-c", RUN, str(tmp_path / "run.toml"), str(out)]
+    pattern = {
+        "first-update": "sites/site-01/state/runs/*/update-00002.record",
+        "trained": "journal/round-00002-train.record",
+        "applied": "journal/round-00002-apply.record",
+    }[waited_for]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 240
+        while not list(out.glob(pattern)):
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (out / "journal" / "round-00002-validate.record").exists()
+    simulate(settings(tiny_model_path), out, resume=True)
+    assert final_digest(out) == final_digest(whole[0])
+    name = "adapter/adapter_model.safetensors"
+    assert (out / name).read_bytes() == (whole[0] / name).read_bytes()
+    assert rounds(out) == rounds(whole[0])
+    assert [line["round"] for line in rounds(out)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"simulation": {"registry": "nowhere"}}, ConfigError, "expected one of synthetic, support_icu"),
+        ({"model": {"id": "no-such-model"}}, ModelError, "no-such-model"),
+        (
+            {"simulation": {"registry": "synthetic", "partition": "column", "partition_feature": "none"}},
+            ConfigError,
+            "partition_feature",
+        ),
+    ],
+)
+def test_a_users_mistake_leaves_no_folder(
+    tmp_path: Path, tiny_model_path: Path, changes: dict, error: type[Exception], said: str
+):
+    with pytest.raises(error, match=said):
+        simulate(settings(tiny_model_path, **changes), tmp_path / "run", resume=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_private_registry_is_not_simulated(tmp_path: Path, tiny_model_path: Path, whole: Whole):
+    site = whole[0] / "sites" / "site-01"
+    text = (site / "dictionary.toml").read_text()
+    (tmp_path / "dictionary.toml").write_text(text.replace("public = true", "public = false"))
+    own = {"registry": str(site / "registry.parquet"), "dictionary": str(tmp_path / "dictionary.toml")}
+    with pytest.raises(ConfigError, match="public = false"):
+        simulate(settings(tiny_model_path, simulation=own), tmp_path / "run", resume=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_a_run_is_refused_and_left_alone(whole: Whole, tiny_model_path: Path):
+    before = {path: path.stat().st_mtime_ns for path in whole[0].rglob("*") if path.is_file()}
+    with pytest.raises(RunFolderError, match="holds run 'trial'"):
+        simulate(settings(tiny_model_path), whole[0], resume=False)
+    with pytest.raises(RunFolderError, match="'seed' was 3 when the run began, now 4"):
+        simulate(settings(tiny_model_path, seed=4), whole[0], resume=True)
+    assert {path: path.stat().st_mtime_ns for path in whole[0].rglob("*") if path.is_file()} == before
+
+
+def test_sites_that_refuse_are_named_and_the_run_stops(tmp_path: Path, tiny_model_path: Path):
+    config = settings(tiny_model_path, federation={"rounds": 1, "min_sites": 3})
+
+    class Tamper(SilentProgress):
+        def begin(self, phase: str, round_index: int, sites: object) -> None:
+            if phase == "train":  # the hospital's own decision, in the middle of a run
+                path = tmp_path / "run" / "sites" / "site-02" / "site.toml"
+                path.write_text(path.read_text().replace("simulated = true", "simulated = false"))
+
+    with pytest.raises(QuorumError, match=r"train: expected at least 3 sites .* 2 finished; site-02 \(refused\)"):
+        simulate(config, tmp_path / "run", resume=False, progress=Tamper())
+    log = (tmp_path / "run" / "sites" / "site-02" / "state" / "site.log").read_text()
+    assert "unmasked" in log
+
+
+def test_reasoning_questions_run_through_sampled_rollouts(tmp_path: Path, tiny_model_path: Path):
+    config = settings(
+        tiny_model_path,
+        questions={"reasoning_tokens": 4},
+        grpo={"local_steps": 1, "patients_per_step": 3, "group_size": 3},
+        federation={"rounds": 1, "server_optimizer": "fedadam", "server_learning_rate": 0.001, "weighting": "patients"},
+        lora={"strategy": "fedit", "rank": 4, "alpha": 8},
+        simulation={"registry": "synthetic", "sites": 2},
+    )
+    evaluation = simulate(config, tmp_path / "run", resume=False)
+    (line,) = rounds(tmp_path / "run")
+    assert line["completions"] == 3 * line["questions"]
+    assert 0 <= line["reward_mean"] <= 1
+    assert np.isfinite(evaluation["final"]["accuracy"])
