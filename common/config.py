@@ -69,6 +69,8 @@ class WarmupConfig(Frozen):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     features_per_record: Annotated[int, Field(ge=1)] = 6
     reasoning_tokens: Annotated[int, Field(ge=0)] = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of its training's matrix products; bfloat16: autocast
+    hinted_share: Fraction = 0.0  # share of questions whose record only hints at the answer
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     seed: Annotated[int, Field(ge=0)] = 0

@@ -196,12 +196,14 @@ def _train(lm: LanguageModel, config: RunConfig, template: PromptTemplate, on_st
                 template,
                 features_per_record=settings.features_per_record,
                 n_options=config.questions.n_options,
+                hinted_share=settings.hinted_share,
             )
             optimizer.zero_grad()
             loss = 0.0
             for start in range(0, len(batch), config.speed.micro_batch):
                 part = batch[start : start + config.speed.micro_batch]
-                share = _loss(lm, part, template, settings) / len(batch)
+                with torch.autocast(lm.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+                    share = _loss(lm, part, template, settings) / len(batch)
                 share.backward()
                 loss += float(share.detach())
             torch.nn.utils.clip_grad_norm_(parameters.values(), _GRADIENT_NORM)

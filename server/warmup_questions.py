@@ -4,12 +4,16 @@ Runs at the coordinator; nothing here is private. Each question looks exactly li
 record, question, options, letters), but its record **states** the value that is asked, so the right answer needs no
 knowledge: find the value, find the option that carries it, say its letter. That is all a small model must learn here.
 
+A share of the questions may only **hint** at the answer, as records of patients do: the same thing at another time is
+stated and the truth lies near it, or the asked yes/no is as frequent as the record's other lines make it. Their truth
+is drawn, so a model can do no better than the right probabilities, and learns not to be sure of everything.
+
 Two vocabularies that share no word: one to train on, one held out, so that the measured accuracy is of the skill.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -17,6 +21,8 @@ import numpy as np
 from ..common.question import LETTERS, PromptTemplate, Question
 
 Part = Literal["train", "held-out"]
+Kind = Literal["number", "word", "yes"]
+_KINDS: tuple[Kind, ...] = ("number", "word", "yes")
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -40,6 +46,8 @@ _VALUES = _words(
     "linen denim satin canvas leather paper plastic rubber ceramic concrete"
 )
 _UNITS = ("cm", "m", "kg", "g", "litres", "km", "m2", "days", "pieces", "hours", "%", "", "", "")
+_TIMES = (("day 1", "day 3"), ("first", "second"), ("morning", "evening"), ("before", "after"), ("day 1", "day 2"))
+_KEPT_SHARE = 0.85  # of words and yes/no that are the same at another time
 _MOST_LINES = 64  # far fewer than there are labels, so that drawing distinct ones ends soon
 _SECTIONS = ("House", "Garden", "Workshop", "Harbour", "Village", "Road")
 
@@ -49,7 +57,7 @@ class _Item:
     """One line of a synthetic record and how its options are drawn."""
 
     label: str
-    kind: Literal["number", "word", "yes"]
+    kind: Kind
     unit: str
     value: str
     number: float
@@ -58,7 +66,7 @@ class _Item:
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """A synthetic question, and in words why its answer is right: the stated line, then the option that repeats it."""
+    """A synthetic question, and in words why its answer is right: the line that tells, then the option it leads to."""
 
     question: Question
     reason: str
@@ -72,8 +80,9 @@ def synthetic_questions(
     features_per_record: int,
     n_options: int,
     part: Part = "train",
+    hinted_share: float = 0.0,
 ) -> list[Stated]:
-    """Questions whose record states the answer.
+    """Questions whose record states the answer, or hints at it.
 
     Args:
         count: how many.
@@ -82,38 +91,102 @@ def synthetic_questions(
         features_per_record: at most this many lines in a record, at least one; the asked one at a uniform place.
         n_options: at most this many options, at least two; yes/no questions have two.
         part: the vocabulary: "train" and "held-out" share no word.
+        hinted_share: probability of a question whose record only hints at the answer.
 
     Returns:
-        Questions of which a third each have numbers, words and yes/no as options; the answer's position is uniform.
+        Questions of which a third each have numbers, words and yes/no as options (more yes/no among the hinted); the
+        answer's position is uniform.
     """
-    return [_question(rng, template, features_per_record, n_options, part) for _ in range(count)]
+    made: list[Stated] = []
+    for _ in range(count):
+        hinted = hinted_share > 0 and rng.random() < hinted_share
+        length = int(rng.integers(1, min(features_per_record, _MOST_LINES) + 1))
+        if hinted and rng.random() < 0.5:
+            case = _base_rate(rng, max(length, 4), part)
+        elif hinted:
+            case = _related(rng, length, n_options, part)
+        else:
+            case = _stated(rng, length, n_options, part)
+        made.append(_written(rng, template, case))
+    return made
 
 
 def _half(words: tuple[str, ...], part: Part) -> tuple[str, ...]:
     return words[0::2] if part == "train" else words[1::2]
 
 
-def _question(
-    rng: np.random.Generator, template: PromptTemplate, features_per_record: int, n_options: int, part: Part
-) -> Stated:
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """The lines of a record, the item asked, its options, and which line tells."""
+
+    items: list[_Item]
+    asked: _Item
+    options: tuple[str, ...]
+    answer: int
+    telling: int
+
+
+def _stated(rng: np.random.Generator, length: int, n_options: int, part: Part) -> _Case:
+    """The asked item is a line of the record."""
+    items = [_item(rng, label, part) for label in _labels(rng, length, part)]
+    place = int(rng.integers(length))
+    options, answer = _options(rng, items[place], n_options, part)
+    return _Case(items, items[place], options, answer, place)
+
+
+def _related(rng: np.random.Generator, length: int, n_options: int, part: Part) -> _Case:
+    """The record states the thing at one time, the question asks another: near it, or mostly the same."""
+    items = [_item(rng, label, part) for label in _labels(rng, length, part)]
+    place = int(rng.integers(length))
+    name = items[place].label
+    times = _TIMES[rng.integers(len(_TIMES))]
+    first, then = (times[index] for index in rng.permutation(2))
+    items[place] = replace(items[place], label=f"{name}, {first}")
+    known = items[place]
+    if known.kind == "number":
+        sd = float(rng.uniform(0.03, 0.3))
+        number = max(known.number * (1 + sd * float(rng.normal())), 10.0**-known.decimals)
+        asked = replace(known, label=f"{name}, {then}", value=f"{number:.{known.decimals}f}", number=number)
+        options, answer = _options(rng, asked, n_options, part, step_share=2 * sd * known.number / number)
+    else:
+        kept = rng.random() < _KEPT_SHARE
+        value = known.value if kept else _item(rng, name, part, known.kind).value
+        asked = replace(known, label=f"{name}, {then}", value=value)
+        options, answer = _options(rng, asked, n_options, part, among=known.value)
+    return _Case(items, asked, options, answer, place)
+
+
+def _base_rate(rng: np.random.Generator, length: int, part: Part) -> _Case:
+    """Yes or no, as frequent as among the record's other lines."""
+    *labels, asked_label = _labels(rng, length + 1, part)
+    rate = float(rng.beta(0.6, 0.6))
+    items = [_item(rng, label, part, "yes" if rng.random() < 0.75 else None) for label in labels]
+    drawn = [replace(i, value="yes" if rng.random() < rate else "no") if i.kind == "yes" else i for i in items]
+    asked = _Item(asked_label, "yes", "", "yes" if rng.random() < rate else "no", 0.0, 0)
+    options, answer = _options(rng, asked, 2, part)
+    return _Case(drawn, asked, options, answer, int(rng.integers(length)))
+
+
+def _labels(rng: np.random.Generator, count: int, part: Part) -> list[str]:
+    """Distinct labels, or two lines would contradict each other."""
     nouns, adjectives = _half(_NOUNS, part), _half(_ADJECTIVES, part)
-    length = int(rng.integers(1, min(features_per_record, _MOST_LINES) + 1))
     labels: dict[str, None] = {}
-    while len(labels) < length:  # distinct labels, or two lines would contradict each other
+    while len(labels) < count:
         noun = nouns[rng.integers(len(nouns))]
         label = f"{adjectives[rng.integers(len(adjectives))]} {noun}" if rng.random() < 0.5 else noun
         labels[label.capitalize()] = None
-    items = [_item(rng, label, part) for label in labels]
-    place = int(rng.integers(length))
-    asked = items[place]
-    options, answer = _options(rng, asked, n_options, part)
-    section = _SECTIONS[rng.integers(len(_SECTIONS))]
+    return list(labels)
+
+
+def _written(rng: np.random.Generator, template: PromptTemplate, case: _Case) -> Stated:
+    """The case as the prompt template writes it."""
+    asked, section = case.asked, _SECTIONS[rng.integers(len(_SECTIONS))]
     unit = f" {asked.unit}" if asked.unit else ""
     lines = [
         template.line.format(label=item.label, value=item.value, unit=f" {item.unit}" if item.unit else "")
-        for item in items
+        for item in case.items
     ]
-    stated = lines[place]
+    telling = lines[case.telling]
     if template.section:
         lines.insert(0, template.section.format(section=section))
     if rng.random() < 0.2:
@@ -122,7 +195,7 @@ def _question(
         text = template.question.format(label=asked.label, unit=unit, section=section)
     shown = [
         template.option.format(letter=letter, value=value, unit=unit)
-        for letter, value in zip(LETTERS, options, strict=False)
+        for letter, value in zip(LETTERS, case.options, strict=False)
     ]
     question = Question(
         target=asked.label,
@@ -131,15 +204,16 @@ def _question(
         text=template.user.format(
             record=template.separator.join(lines), question=text, options=template.option_separator.join(shown)
         ),
-        options=options,
-        answer=answer,
+        options=case.options,
+        answer=case.answer,
         majority=0,
     )
-    return Stated(question, f"{stated}. {shown[answer]}.")
+    return Stated(question, f"{telling}. {shown[case.answer]}.")
 
 
-def _item(rng: np.random.Generator, label: str, part: Part) -> _Item:
-    kind = ("number", "word", "yes")[rng.integers(3)]
+def _item(rng: np.random.Generator, label: str, part: Part, kind: Kind | None = None) -> _Item:
+    if kind is None:
+        kind = _KINDS[rng.integers(3)]
     if kind == "number":
         decimals = int(rng.integers(3))
         # As laboratory values do, magnitudes run from below one to thousands.
@@ -151,17 +225,31 @@ def _item(rng: np.random.Generator, label: str, part: Part) -> _Item:
     return _Item(label, "yes", "", ("yes", "no")[rng.integers(2)], 0.0, 0)
 
 
-def _options(rng: np.random.Generator, item: _Item, n_options: int, part: Part) -> tuple[tuple[str, ...], int]:
-    """Options in a random order, and where the truth is."""
+def _options(
+    rng: np.random.Generator,
+    item: _Item,
+    n_options: int,
+    part: Part,
+    *,
+    step_share: float | None = None,
+    among: str | None = None,
+) -> tuple[tuple[str, ...], int]:
+    """Options in a random order, and where the truth is.
+
+    `step_share` is the ladder's step as a share of the number (drawn when None); `among` is a word to offer as well.
+    """
     count = int(rng.integers(2, n_options + 1))
     if item.kind == "yes":
         values = ["yes", "no"]
     elif item.kind == "word":
         others = [word for word in _half(_VALUES, part) if word != item.value]
-        values = [item.value, *(others[index] for index in rng.permutation(len(others))[: count - 1])]
+        first = [among] if among is not None and among != item.value else []
+        others = first + [others[index] for index in rng.permutation(len(others)) if others[index] not in first]
+        values = [item.value, *others[: count - 1]]
     else:
         # A ladder around the truth with the truth at a uniform rank, as real questions have (client/options.py).
-        step = max(abs(item.number) * float(rng.uniform(0.05, 0.6)), 10.0**-item.decimals)
+        share = float(rng.uniform(0.05, 0.6)) if step_share is None else step_share
+        step = max(abs(item.number) * share, 10.0**-item.decimals)
         rank = int(rng.integers(count))
         ladder = [item.number + (place - rank) * step for place in range(count)]
         if ladder[0] < 0:

@@ -12,7 +12,7 @@ from wardround.common.config import RunConfig, load_run, packaged
 from wardround.common.errors import ModelError, VerificationError
 from wardround.common.lm.models import LanguageModel, load, verify_adapter
 from wardround.common.lm.scoring import option_log_probs
-from wardround.common.question import LETTERS, load_prompt
+from wardround.common.question import LETTERS, Question, load_prompt
 from wardround.server import warmup
 from wardround.server.warmup_questions import synthetic_questions
 
@@ -96,11 +96,56 @@ def test_the_two_vocabularies_share_no_word() -> None:
         assert not train & held_out
 
 
+def hinted(count: int, seed: int, lines: int = 6) -> list[Question]:
+    rng, template = np.random.default_rng(seed), load_prompt("en_short")
+    made = synthetic_questions(count, rng, template, features_per_record=lines, n_options=5, hinted_share=1.0)
+    return [item.question for item in made]
+
+
+def test_a_hinting_record_never_shows_the_asked_line() -> None:
+    for question in hinted(400, 5):
+        assert f"{question.target} " not in question.text.split("\n")[0]
+        assert len(set(question.options)) == len(question.options)
+
+
+def test_an_unstated_yes_is_as_frequent_as_the_records_other_yes() -> None:
+    """Calibration of the base-rate questions: among records with many yes, most answers are yes, and the reverse."""
+    shares: dict[str, list[float]] = {"yes": [], "no": []}
+    for question in hinted(3000, 6, lines=12):
+        record = question.text.split("\n")[0].rstrip(".").split("; ")
+        said = [line.rpartition(" ")[2] for line in record if line.endswith((" yes", " no"))]
+        if "," not in question.target and len(said) >= 4:
+            shares[question.options[question.answer]].append(said.count("yes") / len(said))
+    assert min(map(len, shares.values())) > 200
+    assert np.mean(shares["yes"]) > 0.6
+    assert np.mean(shares["no"]) < 0.4
+
+
+def test_the_nearest_option_to_another_times_value_is_mostly_but_not_always_right() -> None:
+    right = []
+    for question in hinted(3000, 7, lines=1):
+        value = question.text.split("\n")[0].partition(" ")[2]
+        known = [float(word) for word in value.rstrip(".").split() if word.replace(".", "", 1).isdigit()]
+        if "," in question.target and known and question.options[0][0].isdigit():
+            nearest = np.argmin([abs(float(option) - known[-1]) for option in question.options])
+            right.append(nearest == question.answer)
+    assert len(right) > 200
+    assert 0.6 < np.mean(right) < 0.95
+
+
 def test_many_lines_and_many_options_still_end() -> None:
     made = synthetic_questions(
         20, np.random.default_rng(4), load_prompt("en"), features_per_record=10_000, n_options=10
     )
     assert max(len(item.question.options) for item in made) > 5
+
+
+def test_bfloat16_training_is_close_to_float32(tiny_model_path: Path) -> None:
+    vectors = []
+    for dtype in ("float32", "bfloat16"):
+        config = run(tiny_model_path, dtype=dtype)
+        vectors.append(warmup.warm_up(fresh(config), config).vector_full)
+    assert 0 < np.linalg.norm(vectors[0] - vectors[1]) < 0.1 * np.linalg.norm(vectors[0])
 
 
 @pytest.mark.parametrize("tokens", [0, 40])
