@@ -17,7 +17,9 @@ def server() -> None:
 
 @server.command(epilog="Example: wardround server warmup demo --out adapters --set warmup.steps=160")
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for NAME.safetensors and NAME.json.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder for NAME.safetensors and NAME.json."
+)
 @click.option("--name", default=None, help="Name of the released adapter; the model's id when absent.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a config key; may be repeated.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")

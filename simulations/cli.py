@@ -36,10 +36,20 @@ def run(config: Path, out: Path, resume: bool, overrides: tuple[str, ...], as_js
     settings = configs.load_run(config, overrides)
     if settings.speed.threads:
         os.environ["OMP_NUM_THREADS"] = str(settings.speed.threads)
-    from . import federation, run as whole_run
+    from ..server.evaluate import table, verdict
+    from .federation import SilentProgress, simulate
+    from .progress import TerminalProgress
 
-    evaluation = whole_run.simulate_run(settings, out, resume=resume, progress=federation.SilentProgress() if as_json else None)
-    click.echo(json.dumps(evaluation, sort_keys=True) if as_json else "")
+    if as_json:
+        click.echo(json.dumps(simulate(settings, out, resume=resume, progress=SilentProgress()), sort_keys=True))
+        return
+    with TerminalProgress() as progress:
+        evaluation = simulate(settings, out, resume=resume, progress=progress)
+    from rich.console import Console
+
+    Console(soft_wrap=True).print(table(evaluation))
+    click.echo(verdict(evaluation))
+    click.echo(f"report: {out / 'report.html'}")
 
 
 @simulate.command(epilog="Example: wardround simulate registry support_icu --out data")
