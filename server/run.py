@@ -37,6 +37,7 @@ from ..common.statistics import Tally
 from .evaluate import MODELS, evaluate, write_evaluation
 from .journal import Journal, open_journal
 from .phases import Consortium, Exchange, PhaseResult, Traffic
+from .report import rewrite as write_report_of
 from .rounds import Rounds, State
 from .tracking import Progress, Tracker
 from .validation import accuracy
@@ -245,6 +246,7 @@ def run_all(
         run.summary(round_zero, rounds, state, warmup_report)
         run.finalize(final, schema, rounds, state, evaluation, simulated)
         run.hand_back(final, config.federation.rounds)
+        write_report_of(out)
         return evaluation
     finally:
         journal.close()
