@@ -173,8 +173,8 @@ def wilson(correct: int, n: int) -> list[float]:
     >>> [round(bound, 4) for bound in wilson(8, 8)]
     [0.6756, 1.0]
     """
-    if n < 1:
-        raise ValueError("expected n of at least 1, got 0")
+    if not 0 <= correct <= n or n == 0:
+        raise ValueError(f"expected 0 to n right of n at least 1, got {correct} of {n}")
     share, z2 = correct / n, Z95 * Z95
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))

@@ -120,7 +120,7 @@ def rows_of(evaluation: Mapping[str, Any]) -> list[str]:
 def verdict(evaluation: Mapping[str, Any]) -> str:
     """What the rounds added, or that nothing measurable was added; one sentence and its figures."""
     before = "warmup" if "warmup" in evaluation else "base"
-    name, n = LABELS[before], evaluation["n"]
+    name, n = {"warmup": "warmed-up", "base": "base"}[before], evaluation["n"]
     comparison = evaluation["paired"][f"final-{before}"]
     low, high = comparison["ci95"]
     figures = f"95 % interval {points(low)} to {points(high)}, {p_value(comparison['mcnemar_p'])}, n = {n:,}"
@@ -148,7 +148,8 @@ def baselines(evaluation: Mapping[str, Any]) -> str:
     else:
         against_chance = f"The final model cannot be told from chance ({percent(chance)})"
     comparison = evaluation["paired"]["final-majority"]
-    figures = f"{paired(comparison)} points, {p_value(comparison['mcnemar_p'])}"
+    low, high = (points(bound) for bound in comparison["ci95"])
+    figures = f"{points(comparison['difference'])} points, {low} to {high}, {p_value(comparison['mcnemar_p'])}"
     if comparison["ci95"][0] > 0:
         return f"{against_chance} and better than always choosing the most frequent option ({figures})."
     if comparison["ci95"][1] < 0:

@@ -79,10 +79,11 @@ def write_report(
         name=config.name,
         registry=run["dictionary"]["title"] or run["dictionary"]["name"],
         evaluation=evaluation,
-        headline=headline(evaluation),
-        verdict=evaluate.verdict(evaluation),
-        baselines=evaluate.baselines(evaluation),
+        headline=_unbroken(headline(evaluation)),
+        verdict=_unbroken(evaluate.verdict(evaluation)),
+        baselines=_unbroken(evaluate.baselines(evaluation)),
         key_figures=_key_figures(evaluation, rounds, run, provenance),
+        reasoning=config.questions.reasoning_tokens > 0,
         result=_result_rows(evaluation),
         result_axis=plots.axis(_result_scale(evaluation)),
         rounds=[_round_row(record) for record in rounds],
@@ -94,7 +95,6 @@ def write_report(
         sections=_groups(evaluation, evaluation["by_section"], {}),
         features=_groups(evaluation, evaluation["by_feature"], labels),
         small=evaluation["small_features"],
-        group_axis=plots.axis(plots.Scale(0.0, 1.0)),
         warmup=run["warmup"],
         samples=_samples(run["samples"], labels) if provenance["public"] else [],
         no_samples="" if provenance["public"] else _NO_SAMPLES,
@@ -122,6 +122,13 @@ def headline(evaluation: Mapping[str, Any]) -> str:
         f"The final model answers {evaluate.percent(final['accuracy'])} of {final['n']:,} held-out questions right "
         f"(95 % interval {evaluate.interval(final['ci95'])}); it was {' and '.join(others)}."
     )
+
+
+def _unbroken(sentence: str) -> str:
+    """The sentence with its figures kept on one line: "48.8 %", "p = 0.01", "n = 320"."""
+    for text in (" %", " = ", " < ", " points"):
+        sentence = sentence.replace(text, text.replace(" ", "\N{NO-BREAK SPACE}"))
+    return sentence
 
 
 def size(n_bytes: float) -> str:
@@ -193,10 +200,15 @@ def _result_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
                 row |= {"boxed": evaluate.percent(item["box_rate"]), "length": f"{item['mean_length']:.1f}"}
         for earlier in ("base", "warmup"):
             comparison = evaluation["paired"].get(f"{name}-{earlier}")
-            row[f"minus_{earlier}"] = evaluate.paired(comparison) if comparison else ""
-            row[f"p_{earlier}"] = evaluate.p_value(comparison["mcnemar_p"]) if comparison else ""
+            row[f"minus_{earlier}"] = _difference(comparison) if comparison else ("", "")
         rows.append(row)
     return rows
+
+
+def _difference(comparison: Mapping[str, Any]) -> tuple[str, str]:
+    """A paired difference in points, and its interval with p."""
+    low, high = (evaluate.points(bound) for bound in comparison["ci95"])
+    return evaluate.points(comparison["difference"]), f"{low} to {high}, {evaluate.p_value(comparison['mcnemar_p'])}"
 
 
 def _round_row(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -272,10 +284,11 @@ def _reward_distribution(rounds: Sequence[Mapping[str, Any]], config: RunConfig)
 
 def _groups(
     evaluation: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]
-) -> list[dict[str, Any]]:
-    """Rows of the tables by section and by feature, on one scale of 0 to 100 %."""
-    scale = plots.Scale(0.0, 1.0)
+) -> dict[str, Any]:
+    """Rows of the tables by section and by feature, all on one scale, and its axis."""
     models = [name for name in evaluate.MODELS if name in evaluation]
+    bounds = [bound for group in groups.values() for model in models for bound in group[model]["ci95"]]
+    scale = plots.share_scale([*bounds, evaluation["chance"]])
     rows: list[dict[str, Any]] = []
     for name, group in groups.items():
         marks = [(model, group[model]["accuracy"], *group[model]["ci95"]) for model in models]
@@ -290,7 +303,10 @@ def _groups(
                 "chance": group["chance"],
             }
         )
-    return sorted(rows, key=lambda row: (row["section"], row["label"].casefold()))
+    return {
+        "rows": sorted(rows, key=lambda row: (row["section"], row["label"].casefold())),
+        "axis": plots.axis(scale),
+    }
 
 
 def _samples(samples: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -320,11 +336,16 @@ def _schema_summary(schema: Mapping[str, Any], labels: Mapping[str, str]) -> dic
 
 
 def _provenance_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Provenance as (name, text), nested values as JSON."""
+    """Provenance as (name, text)."""
     rows: list[tuple[str, str]] = []
     for name, value in facts.items():
-        nested = isinstance(value, dict | list)
-        rows.append((name.replace("_", " "), json.dumps(value, sort_keys=True) if nested else str(value)))
+        if isinstance(value, Mapping):
+            text = ", ".join(f"{key.replace('_', ' ')} {item}" for key, item in value.items())
+        elif isinstance(value, bool):
+            text = "yes" if value else "no"
+        else:
+            text = "–" if value is None else str(value)
+        rows.append((name.replace("_", " "), text))
     return rows
 
 

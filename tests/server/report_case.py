@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-
 from wardround.common.config import RunConfig
 from wardround.common.statistics import CHANCE_UNIT, Tally
 from wardround.server.evaluate import evaluate
@@ -67,7 +66,7 @@ def case(
                 "sites": sites,
                 "questions": 128,
                 "completions": 896,
-                "reward_mean": 0.44 + 0.012 * index,
+                "reward_mean": 0.5 - 0.06 * 0.8**index,
                 "boxed_rate": 0.95,
                 "completion_tokens_mean": 31.0,
                 "reward_histogram": histogram.tolist(),
@@ -77,7 +76,7 @@ def case(
                 "bytes_up": 13_800_000,
                 "bytes_down": 14_000_000,
                 "update_norm_l2": 0.2,
-                "validation_accuracy": 0.431 + (0.011 * index if not rolled_back else -0.03),
+                "validation_accuracy": 0.40 if rolled_back else 0.48 - 0.049 * 0.7**index,
                 "validation_questions": 160,
                 "rolled_back": rolled_back,
                 "best_round": best,

@@ -57,8 +57,8 @@ def test_evaluation_json_has_what_others_rely_on(tmp_path: Path) -> None:
 
 
 def test_the_verdict_says_what_the_interval_says() -> None:
-    assert "raised accuracy over the warmed up model by 12.5 points" in verdict(summary(10, 50, 100, 160))
-    assert "lowered accuracy below the warmed up model's by 12.5 points" in verdict(summary(50, 10, 100, 160))
+    assert "raised accuracy over the warmed-up model by 12.5 points" in verdict(summary(10, 50, 100, 160))
+    assert "lowered accuracy below the warmed-up model's by 12.5 points" in verdict(summary(50, 10, 100, 160))
     nothing = verdict(summary(30, 34, 100, 156))
     assert "includes 0: these rounds added nothing that n = 320 can show (+1.2 points" in nothing
     assert "would more often than one time in five be missed" in nothing
