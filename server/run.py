@@ -195,6 +195,7 @@ class Coordinator:
                 "name": self.dictionary.name,
                 "title": self.dictionary.title,
                 "public": self.dictionary.public,
+                "labels": {feature.name: feature.label for feature in self.dictionary.features},
             },
             "sites": {name: {"patients": cohort.patients[name]} for name in cohort.names},
             "warmup": warmup_report,
