@@ -309,13 +309,26 @@ def write_registry(registry: Registry, path: Path) -> None:
     for feature in registry.dictionary.used:
         column = registry.values[feature.name]
         if feature.kind == "number":
-            columns[feature.name] = pa.array(column, pa.float64(), from_pandas=True)  # NaN → null
+            apart = _apart_from_sentinels(column, feature)
+            columns[feature.name] = pa.array(apart, pa.float64(), from_pandas=True)  # NaN → null
         else:
             indices = pa.array(column, pa.int16(), mask=column < 0)
             columns[feature.name] = pa.DictionaryArray.from_arrays(indices, pa.array(feature.codes, pa.string()))
     part = path.with_name(path.name + ".part")
     pq.write_table(pa.table(columns), part)
     part.replace(path)
+
+
+def _apart_from_sentinels(column: np.ndarray, feature: Feature) -> np.ndarray:
+    """Measured values that rounding made equal to a sentinel, moved by less than rounding takes back.
+
+    A pH stored as 7.3994 was measured, 7.4 was filled in; both round to 7.40, and reading 7.40 again would drop it.
+    """
+    marks = [mark for mark in feature.sentinels if not isinstance(mark, str)]
+    clash = np.zeros(len(column), dtype=bool)
+    for mark in marks:
+        clash |= np.abs(column - mark) <= abs(mark) * SENTINEL_RELATIVE_TOLERANCE
+    return np.where(clash, column + 0.45 * 10.0**-feature.decimals, column)
 
 
 def split_rows(registry: Registry, key: bytes) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ two small packages, one of which is only looked into, never imported. Their dict
 - `smart`: 3873 patients with manifest arterial disease (UMC Utrecht, 1996-2006; Simons et al. 1999).
 - `copenhagen_stroke`: 518 stroke admissions (Jørgensen et al. 1996).
 
+SUPPORT2's day-3 measurements are put back beside their patients first (support_alignment.py).
 RHC patients are SUPPORT2 patients: one must never train on the one file and test on the other.
 """
 
@@ -26,6 +27,7 @@ from ..client.registry import Registry, to_registry
 from ..common.config import packaged
 from ..common.dictionary import load_dictionary
 from ..common.errors import UserError
+from .support_alignment import realigned
 
 NAMES = ("support_icu", "smart", "copenhagen_stroke")
 
@@ -47,11 +49,13 @@ _EDUCATION_SLACK_YEARS = 0.6  # the RHC file carries imputed years of education
 _IN_BOTH_FILES = ["sno", "age", "death", "sex", "d.time", "dzclass", "edu", "income", "race", "ca"]
 
 
-def build(name: str) -> pd.DataFrame:
+def build(name: str, as_published: bool = False) -> pd.DataFrame:
     """A registry's table, raw: fill-ins, implausible values and float artefacts are left to the dictionary.
 
     Args:
         name: one of `NAMES`.
+        as_published: SUPPORT ICU with its day-3 measurements where the package has them, which for 2846 of the 5719
+            is beside other patients (support_alignment.py); only for comparison with other joins.
 
     Returns:
         one row a patient, in the order of the source; missing categories are None, missing numbers NaN.
@@ -60,7 +64,7 @@ def build(name: str) -> pd.DataFrame:
         UserError: unknown name, or a package is not installed (with the command that installs it).
     """
     if name == "support_icu":
-        return _support_icu()
+        return _support_icu(as_published)
     if name == "smart":
         return _survset("smarto")
     if name == "copenhagen_stroke":
@@ -125,14 +129,14 @@ def _support2() -> pd.DataFrame:
     return pd.read_csv(Path(str(found[0].locate())))
 
 
-def _support_icu() -> pd.DataFrame:
+def _support_icu(as_published: bool) -> pd.DataFrame:
     """Day-1 (RHC) and day-3 (SUPPORT2) values of the same patients, joined one to one.
 
     The files share no patient number. A pair is kept when age (4 decimals) and sex, death, the day of death, years of
     education and race agree; where that leaves a patient with several partners, only partners of the same disease
     family count, and who still has several is left out (16 of 5735).
     """
-    support = _support2()
+    support = _support2() if as_published else realigned(_support2())
     rhc = _survset("rhc").rename(columns={"resp": "resp_dx"})
     rhc_key = rhc["age"].round(_AGE_DECIMALS).astype(str) + rhc["sex"].str.lower()
     support_key = support["age"].round(_AGE_DECIMALS).astype(str) + support["sex"].str.lower()
