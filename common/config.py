@@ -11,7 +11,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -81,7 +81,9 @@ class GrpoConfig(Frozen):
 
     group_size: Annotated[int, Field(ge=2, le=64)] = 7
     local_steps: Annotated[int, Field(ge=1)] = 4
-    patients_per_step: Annotated[float, Field(gt=0)] = 8.0  # expected: the Poisson rate is this over the declared patients
+    patients_per_step: Annotated[float, Field(gt=0)] = (
+        8.0  # expected: the Poisson rate is this over the declared patients
+    )
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     loss_type: Literal["dr_grpo", "grpo", "bnpo", "dapo"] = "dr_grpo"
     scale_rewards: Literal["group", "none"] = "group"
@@ -120,7 +122,9 @@ class EvaluationConfig(Frozen):
 
     questions_per_site: Annotated[int, Field(ge=1)] = 100
     bootstrap_samples: Annotated[int, Field(ge=100)] = 10_000
-    samples: Annotated[int, Field(ge=0, le=50)] = 4  # questions shown with both models' answers (public registries only)
+    samples: Annotated[int, Field(ge=0, le=50)] = (
+        4  # questions shown with both models' answers (public registries only)
+    )
     sample_tokens: Annotated[int, Field(ge=0)] = 48
 
 
@@ -286,9 +290,10 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
         node = result
         *parents, last = dotted.strip().split(".")
         for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
+            child: Any = node.setdefault(parent, {})
+            if not isinstance(child, dict):
                 raise ConfigError(f"--set: '{dotted}': '{parent}' is a value, not a section")
+            node = cast(dict[str, Any], child)
         node[last] = value
     return result
 

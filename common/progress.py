@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 _LOG_EVERY_S = 10.0
 
 
 @contextmanager
-def progress_bar(title: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int, str], None]]:
+def progress_bar(title: str, total: int, *, quiet: bool = False) -> Generator[Callable[[int, str], None]]:
     """Yields `advance(done, note)`: `done` of `total` steps, with a short note beside the bar.
 
     On a terminal: one live bar. Elsewhere (CI, a redirected log): a line at most every 10 seconds. `quiet`: nothing.
@@ -35,7 +35,14 @@ def progress_bar(title: str, total: int, *, quiet: bool = False) -> Iterator[Cal
         yield line
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),

@@ -71,7 +71,8 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_wheel_holds_no_bare_package(installed: Path, tmp_path: Path) -> None:
-    code = "import importlib.util as u; print([n for n in ('client','server','common','simulations') if u.find_spec(n)])"
+    bare = ("client", "server", "common", "simulations")
+    code = f"import importlib.util as u; print([name for name in {bare} if u.find_spec(name)])"
     done = run([str(installed / "python"), "-c", code], tmp_path)
     assert done.stdout.strip() == "[]", done.stderr
 

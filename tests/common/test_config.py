@@ -53,7 +53,7 @@ def test_overrides_are_typed_and_checked(tmp_path: Path) -> None:
     assert config.load_run(path, ["grpo.group_size=5", "lora.strategy=fedit"]).grpo.group_size == 5
     with pytest.raises(ConfigError, match=r"unknown key 'grpo\.groups'"):
         config.load_run(path, ["grpo.groups=5"])
-    with pytest.raises(ConfigError, match="expected section.key=value"):
+    with pytest.raises(ConfigError, match=r"expected section\.key=value"):
         config.load_run(path, ["grpo.group_size"])
 
 
