@@ -2,7 +2,8 @@
 
 Run by the site, called by client/app.py (and by any other transport). Enters: head and vectors of an instruction.
 Leaves: the reply's, after client/policy.py allowed it and client/ledger.py has it on disk. Whatever goes wrong leaves
-as an enumerated code; its text goes to the site's own `state/site.log`, because texts may hold what a patient's row held.
+as an enumerated code; its text goes to the site's own `state/site.log`, because texts may hold what a
+patient's row held.
 """
 
 from __future__ import annotations

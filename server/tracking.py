@@ -1,7 +1,8 @@
 """What a run shows while it runs: progress callbacks, rounds.jsonl, TensorBoard files.
 
 Run by the coordinator. Enters: phases, sites' names and codes, rounds' records. Leaves: files in the run folder and
-lines on a terminal. Holds no patient value. Both files are written from the journal's records, so a resumed run repeats none.
+lines on a terminal. Holds no patient value. Both files are written from the journal's
+records, so a resumed run repeats none.
 """
 
 from __future__ import annotations
