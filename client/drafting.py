@@ -288,12 +288,20 @@ def _decimals(values: np.ndarray) -> int:
 
 
 def _outward(values: np.ndarray, decimals: int) -> tuple[float, float]:
-    """The extremes, rounded outward to about a twentieth of their span (1, 2 or 5 times a power of ten)."""
+    """The extremes, rounded outward to about a twentieth of their span; a long tail keeps its low end above 0."""
     low, high = float(values.min()), float(values.max())
-    target = max((high - low) / 20, 10.0**-decimals)
-    power = 10.0 ** math.floor(math.log10(target))
-    step = next(power * times for times in (1, 2, 5, 10) if power * times >= target * (1 - 1e-9))
-    return round(math.floor(low / step) * step, 6), round(math.ceil(high / step) * step, 6)
+    step = _nice(max((high - low) / 20, 10.0**-decimals))
+    bottom = math.floor(low / step) * step
+    if bottom <= 0 < low and _scale(values, low) == "log":
+        power = 10.0 ** math.floor(math.log10(low))
+        bottom = next(power * times for times in (5, 2, 1) if power * times <= low)
+    return round(bottom, 6), round(math.ceil(high / step) * step, 6)
+
+
+def _nice(value: float) -> float:
+    """The next 1, 2 or 5 times a power of ten, at or above a positive value."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(power * times for times in (1, 2, 5, 10) if power * times >= value * (1 - 1e-9))
 
 
 def _scale(values: np.ndarray, low: float) -> Literal["linear", "log"]:

@@ -54,7 +54,8 @@ _NATIONAL = re.compile(
     r"|[A-Z]{6}\d{2}[A-Z]\d{2}[A-Z]\d{3}[A-Z]"  # Italian codice fiscale
 )
 _POSTCODE = re.compile(r"[A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2}|\d{4} ?[A-Z]{2}|\d{5}-\d{4}|[A-Z]\d[A-Z] ?\d[A-Z]\d")
-_PERSON = re.compile(r"[A-ZÀ-Þ][a-zß-ÿ'’-]+(?:,? (?:[A-ZÀ-Þ]\.|(?:[A-ZÀ-Þ][a-zß-ÿ'’-]+))){1,3}")
+_WORD = r"[A-ZÀ-Þ](?:[a-zß-ÿ'’-]|(?<=['’-])[A-ZÀ-Þ])+"  # Smith, O'Brien, García-López
+_PERSON = re.compile(rf"{_WORD}(?:,? (?:[A-ZÀ-Þ]\.|{_WORD})){{1,3}}")
 _FEWEST = 5  # distinct cells before content says anything but "e-mail"
 _MOST = 2000  # distinct cells looked at
 

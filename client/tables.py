@@ -159,7 +159,7 @@ def _refuse_ragged(table: Path, delimiter: str) -> None:
 
 
 def numbers(table: str, data: pa.Table, column: str, missing: frozenset[str] = frozenset()) -> np.ndarray:
-    """A column as float64 (rows,), NaN where it holds no value or a word of `missing`.
+    """A column as float64 (rows,), NaN where it holds no value or a word of `missing`; all finite.
 
     Raises:
         RegistryError: text that is no number, with its row, or a type that is none (a date).
@@ -182,7 +182,11 @@ def numbers(table: str, data: pa.Table, column: str, missing: frozenset[str] = f
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
             or pa.types.is_boolean(kind) or pa.types.is_null(kind)):  # fmt: skip
         raise RegistryError(f"{table}: column '{column}': expected numbers, got type {kind}")
-    return np.asarray(cells.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False), dtype=np.float64)
+    values = np.asarray(cells.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False), dtype=np.float64)
+    infinite = np.flatnonzero(np.isinf(values))
+    if infinite.size:
+        raise RegistryError(f"{table}: column '{column}': {rows_text(infinite)}: expected a number, got infinity")
+    return values
 
 
 def _parse(words: list[str], missing: frozenset[str]) -> tuple[np.ndarray, np.ndarray]:

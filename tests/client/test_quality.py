@@ -1,0 +1,231 @@
+"""The data-quality table and the net for direct identifiers; no patient's value is ever in a message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from wardround.client.identifiers import by_content, by_name
+from wardround.client.quality import Quality, assess
+from wardround.common.config import MappingConfig
+from wardround.common.dictionary import Dictionary, parse_dictionary
+
+N = 60
+
+
+def dictionary() -> Dictionary:
+    return parse_dictionary(
+        {
+            "name": "small",
+            "title": "small",
+            "features": [
+                {"name": "pid", "label": "Patient", "role": "id"},
+                {"name": "age", "label": "Age", "section": "Who", "kind": "number", "unit": "years", "low": 18,
+                 "high": 110, "sentinels": [999]},
+                {"name": "sex", "label": "Sex", "section": "Who", "levels": {"1": "male", "2": "female"}},
+                {"name": "crea", "label": "Creatinine", "section": "Labs", "kind": "number", "unit": "mg/dL",
+                 "low": 0.2, "high": 26, "decimals": 1, "scale": "log"},
+                {"name": "dead", "label": "Death", "section": "Outcome", "role": "outcome",
+                 "levels": {"0": "no", "1": "yes"}, "known_at": 2, "question": "Dead?"},
+                {"name": "los", "label": "Stay", "role": "excluded", "reason": "restates death"},
+            ],
+        },
+        "small",
+    )  # fmt: skip
+
+
+def clean() -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    return pd.DataFrame(
+        {
+            "pid": [f"p{i}" for i in range(N)],
+            "age": rng.integers(20, 90, N),
+            "sex": rng.integers(1, 3, N),
+            "crea": rng.uniform(0.5, 4, N).round(1),
+            "dead": np.arange(N) % 2,
+            "los": rng.integers(1, 30, N),
+        }
+    )
+
+
+def checked(folder: Path, frame: pd.DataFrame, mapping: MappingConfig | None = None) -> Quality:
+    frame.to_csv(folder / "t.csv", index=False)
+    return assess(folder / "t.csv", dictionary(), mapping or MappingConfig())
+
+
+def errors(quality: Quality) -> list[str]:
+    return [finding.text for finding in quality.errors]
+
+
+def test_a_clean_table_has_no_findings(tmp_path):
+    quality = checked(tmp_path, clean())
+    assert quality.findings == () and quality.not_described == ()
+    assert (quality.rows, quality.patients) == (N, N)
+    assert quality.to_dict()["clean"] is True
+
+
+def test_missing_sentinels_and_out_of_range_are_counted_apart(tmp_path):
+    frame = clean().astype({"age": object})
+    frame.loc[0:5, "age"] = ""
+    frame.loc[6:8, "age"] = 999
+    frame.loc[9, "age"] = 180
+    quality = checked(tmp_path, frame)
+    age = next(column for column in quality.columns if column.name == "age")
+    assert (age.missing, age.sentinel, age.out_of_range) == (6 / N, 3 / N, 1)
+    assert errors(quality) == []
+    (note,) = [finding.text for finding in quality.findings]
+    assert "1 of 51 values outside 18 to 110 years (row 10); they are read as missing" in note
+
+
+def test_levels_that_the_dictionary_does_not_know_are_counted_without_being_shown(tmp_path):
+    frame = clean().astype({"sex": object})
+    frame.loc[3, "sex"], frame.loc[7, "sex"] = "secretword", "otherword"
+    quality = checked(tmp_path, frame)
+    assert next(column for column in quality.columns if column.name == "sex").unknown_levels == 2
+    (text,) = errors(quality)
+    assert "column 'sex': rows 4, 8: a level that is not in the dictionary" in text
+    assert "secret" not in str(quality.to_dict())
+
+
+def test_a_wrong_unit_is_an_error_that_names_the_likely_unit(tmp_path):
+    frame = clean()
+    frame["crea"] = (frame["crea"] * 88.42).round()
+    (text,) = errors(checked(tmp_path, frame))
+    assert "60 of 60 values outside 0.2 to 26 mg/dL" in text and "as µmol/L nearly all would fit" in text
+    assert errors(checked(tmp_path, frame, MappingConfig(units={"crea": "µmol/L"}))) == []
+
+
+def test_constant_and_empty_features_are_errors(tmp_path):
+    frame = clean()
+    frame["sex"], frame["crea"] = 1, None
+    texts = errors(checked(tmp_path, frame))
+    assert any("column 'sex' has one value in every row: a feature with one level" in text for text in texts)
+    assert any("column 'crea' has no value in any row" in text for text in texts)
+
+
+def test_a_table_without_any_usable_feature_is_one_error(tmp_path):
+    frame = clean()
+    frame["sex"], frame["crea"], frame["age"] = 1, 1.0, 50
+    assert errors(checked(tmp_path, frame)) == [
+        "no usable feature: none of the 3 features of 'small' has two different values"
+    ]
+
+
+def test_text_in_a_number_and_a_missing_column_are_both_reported(tmp_path):
+    frame = clean().astype({"age": object}).drop(columns="crea")
+    frame.loc[2, "age"] = "old"
+    texts = errors(checked(tmp_path, frame))
+    assert any(text.startswith("no column 'crea'") for text in texts)
+    frame["crea"] = 1.5
+    assert "column 'age': row 3: expected a number, got text" in errors(checked(tmp_path, frame))[0]
+
+
+def test_columns_that_the_dictionary_does_not_mention_are_listed(tmp_path):
+    quality = checked(tmp_path, clean().assign(extra=np.arange(N) % 7, other=1.5))
+    assert quality.not_described == ("extra", "other")
+    assert errors(quality) == []
+
+
+def test_several_rows_of_a_patient_are_a_note(tmp_path):
+    frame = clean()
+    frame["pid"] = [f"p{i // 2}" for i in range(N)]
+    quality = checked(tmp_path, frame)
+    assert quality.patients == N // 2 and errors(quality) == []
+    assert "60 rows of 30 patients" in quality.findings[0].text
+
+
+PEOPLE = [
+    f"{first} {last}" for first in ("Anna", "José", "Mei", "Olu") for last in ("Smith", "O'Brien", "Lindqvist")
+] * 5
+TEXTS = [f"Patient {i} was seen after a fall and is now stable" for i in range(N)]
+
+
+@pytest.mark.parametrize(
+    ("column", "cells", "kind"),
+    [
+        ("surname", ["x"] * N, "a name"),
+        ("PatientName", ["x"] * N, "a name"),
+        ("date_of_birth", ["x"] * N, "a date of birth"),
+        ("DOB", ["x"] * N, "a date of birth"),
+        ("phone_home", ["x"] * N, "a phone number"),
+        ("Postcode", ["x"] * N, "a postcode"),
+        ("zip", list(range(10_000, 10_000 + N)), "a postcode"),
+        ("email", ["x"] * N, "an e-mail address"),
+        ("nhs_number", ["x"] * N, "a national or hospital number"),
+        ("MRN", ["x"] * N, "a national or hospital number"),
+        ("clinical_notes", ["x"] * N, "free text"),
+        ("v1", ["a", "anna@example.org"] * (N // 2), "an e-mail address"),
+        ("v2", [f"19{30 + i % 60}-0{1 + i % 9}-1{i % 9}" for i in range(N)], "a date of birth"),
+        ("v3", [f"+49 30 {100_000 + 7 * i}" for i in range(N)], "a phone number"),
+        ("v4", [f"{i:03d}-{10 + i}-{1000 + i}" for i in range(N)], "a national or hospital number"),
+        ("v5", [f"SW{1 + i % 9}A {i % 10}A{'ABDEFGHJLN'[i // 6 % 10]}" for i in range(N)], "a postcode"),
+        ("v6", [f"{PEOPLE[i]} {chr(65 + i % 26)}{chr(97 + i // 26)}" for i in range(N)], "a name"),
+        ("v7", TEXTS, "free text"),
+    ],
+)
+def test_direct_identifiers_are_refused_by_naming_the_column(tmp_path, column: str, cells: list, kind: str):
+    texts = errors(checked(tmp_path, clean().assign(**{column: cells})))
+    assert texts == [f"column '{column}' looks like {kind}, which identifies a patient: remove it from the table"]
+
+
+def test_an_identifier_is_refused_even_where_the_dictionary_excludes_it(tmp_path):
+    frame = clean()
+    frame["los"] = TEXTS
+    assert "column 'los' looks like free text" in errors(checked(tmp_path, frame))[0]
+
+
+def test_national_numbers_are_refused_as_patient_ids(tmp_path):
+    frame = clean()
+    frame["pid"] = [f"{100_000 + i}-{1000 + i}" for i in range(N)]  # the form of a Danish CPR number
+    assert "column 'pid' looks like a national or hospital number" in errors(checked(tmp_path, frame))[0]
+
+
+def test_numbers_with_check_digits_are_recognised():
+    def nhs(i: int) -> str:
+        digits = f"{943_476_000 + i}"
+        check = (11 - sum(int(d) * w for d, w in zip(digits, range(10, 1, -1), strict=True)) % 11) % 11
+        return f"{digits}{check}" if check < 10 else ""
+
+    numbers = [number for i in range(40) if (number := nhs(i))]
+    assert by_content(numbers, len(numbers)) == "a national or hospital number"
+    assert by_content([str(9_434_760_000 + 7 * i) for i in range(40)], 40) is None  # one in eleven is valid by chance
+
+
+def test_dates_in_birth_years_of_parquet_are_dates_of_birth_and_others_a_note(tmp_path):
+    frame = clean()
+    frame["born"] = pd.to_datetime([f"{1930 + i}-03-01" for i in range(N)])
+    frame["admitted"] = pd.to_datetime([f"2021-03-{1 + i % 28:02d}" for i in range(N)])
+    frame.to_parquet(tmp_path / "t.parquet")
+    quality = assess(tmp_path / "t.parquet", dictionary(), MappingConfig())
+    assert errors(quality) == [
+        "column 'born' looks like a date of birth, which identifies a patient: remove it from the table"
+    ]
+    assert any("column 'admitted' holds dates" in finding.text for finding in quality.findings)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["heart_rate", "drug_name_code", "hospital", "emailed_reminders", "birth_weight", "notest", "phosphate", "zipper"],
+)
+def test_clinical_names_are_no_identifiers(name: str):
+    assert by_name(name) is None
+
+
+def test_a_coded_category_may_have_any_name(tmp_path):
+    data = dictionary().model_dump()
+    phone = {"name": "phone", "label": "Has a phone", "section": "Who", "levels": {"0": "no", "1": "yes"}}
+    data["features"] = [*data["features"], phone]
+    frame = clean().assign(phone=np.arange(N) % 2)
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    quality = assess(tmp_path / "t.csv", parse_dictionary(data, "x"), MappingConfig())
+    assert quality.errors == ()
+
+
+def test_no_value_of_a_patient_is_in_the_result(tmp_path):
+    frame = clean().astype(object)
+    frame.loc[1, "age"], frame.loc[2, "crea"] = 173.25, 4321.5
+    frame["v7"] = TEXTS
+    text = str(checked(tmp_path, frame).to_dict())
+    assert "173.25" not in text and "4321" not in text and "fall" not in text
