@@ -84,32 +84,46 @@ def p_value(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
-def paired(comparison: Mapping[str, Any]) -> str:
-    """A paired difference with its interval, in points."""
-    low, high = comparison["ci95"]
-    return f"{points(comparison['difference'])} ({points(low)} to {points(high)})"
+def compared(comparison: Mapping[str, Any]) -> tuple[str, str]:
+    """A paired difference with its p-value, and its interval; in points."""
+    low, high = (points(bound) for bound in comparison["ci95"])
+    return f"{points(comparison['difference'])}, {p_value(comparison['mcnemar_p'])}", f"{low} to {high}"
 
 
 def table(evaluation: Mapping[str, Any]) -> Table:
-    """Base, warmed up, final, majority and chance with intervals, as a table for the terminal."""
+    """Base, warmed up, final, majority and chance with 95 % intervals, as a table for a terminal of 80 columns.
+
+    Differences are paired, in points.
+    """
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    comparisons = evaluation["paired"]
-    grid = Table(title=f"Held-out test patients: {evaluation['n']} questions", caption="95 % intervals; − is paired")
-    grid.add_column("model")
-    for heading in ("accuracy", "interval", "− base, points", "− warmed up, points", "boxed", "tokens"):
-        grid.add_column(heading, justify="right")
+    models = [name for name in MODELS if name in evaluation]
+    generated = any(evaluation[name]["mean_length"] > 0 for name in models)
+    grid = Table(title=f"Held-out test patients: {evaluation['n']:,} questions", box=SIMPLE_HEAD, pad_edge=False)
+    grid.title_justify = "left"
+    grid.add_column("model", no_wrap=True)
+    for heading in ("accuracy, %", "− base", "− warmed up", *(("boxed", "tokens") if generated else ())):
+        grid.add_column(heading, justify="right", no_wrap=True)
     for name in rows_of(evaluation):
         if name == "chance":
-            grid.add_row(LABELS[name], percent(evaluation["chance"]))
+            grid.add_row(LABELS[name], f"{100 * evaluation['chance']:.1f}")
             continue
         row = evaluation[name]
-        differences = [comparisons.get(f"{name}-{earlier}") for earlier in ("base", "warmup")]
-        shown = [f"{paired(item)}, {p_value(item['mcnemar_p'])}" if item else "" for item in differences]
-        boxed = percent(row["box_rate"]) if "box_rate" in row else ""
-        length = f"{row['mean_length']:.1f}" if "mean_length" in row else ""
-        grid.add_row(LABELS.get(name, name), percent(row["accuracy"]), interval(row["ci95"]), *shown, boxed, length)
+        cells = [f"{100 * row['accuracy']:.1f}\n{interval(row['ci95']).removesuffix(' %')}"]
+        for earlier in ("base", "warmup"):
+            pair = f"{name}-{earlier}"
+            cells.append("\n".join(compared(evaluation["paired"][pair])) if pair in evaluation["paired"] else "")
+        if generated and name in models:
+            cells += [percent(row["box_rate"]), f"{row['mean_length']:.1f}"]
+        grid.add_row(LABELS[name], *cells)
     return grid
+
+
+def without_warmup(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The evaluation of a run whose warm-up was off: what is called warmed up there is the base model again."""
+    paired = {pair: item for pair, item in evaluation["paired"].items() if "warmup" not in pair}
+    return {**{name: item for name, item in evaluation.items() if name != "warmup"}, "paired": paired}
 
 
 def rows_of(evaluation: Mapping[str, Any]) -> list[str]:
@@ -133,8 +147,8 @@ def verdict(evaluation: Mapping[str, Any]) -> str:
         return f"The rounds changed no result: final and {name} model were right on the same {n:,} questions."
     return (
         f"The interval of final − {name} includes 0: these rounds added nothing that n = {n:,} can show "
-        f"({points(comparison['difference'])} points, {figures}). A true difference under "
-        f"{100 * comparison['detectable']:.1f} points would more often than one time in five be missed at this n."
+        f"({points(comparison['difference'])} points, {figures}). An evaluation of this size misses a true difference "
+        f"under {100 * comparison['detectable']:.1f} points more than one time in five."
     )
 
 
@@ -151,7 +165,7 @@ def baselines(evaluation: Mapping[str, Any]) -> str:
     low, high = (points(bound) for bound in comparison["ci95"])
     figures = f"{points(comparison['difference'])} points, {low} to {high}, {p_value(comparison['mcnemar_p'])}"
     if comparison["ci95"][0] > 0:
-        return f"{against_chance} and better than always choosing the most frequent option ({figures})."
+        return f"{against_chance} and is better than always choosing the most frequent option ({figures})."
     if comparison["ci95"][1] < 0:
-        return f"{against_chance} and worse than always choosing the most frequent option ({figures})."
+        return f"{against_chance} and is worse than always choosing the most frequent option ({figures})."
     return f"{against_chance}; it cannot be told from always choosing the most frequent option ({figures})."

@@ -104,6 +104,8 @@ def model_card(what: str, facts: Mapping[str, Any], evaluation: Mapping[str, Any
         facts: provenance, with "verified".
         evaluation: content of evaluation.json.
     """
+    if evaluation and not facts["warmup"]:
+        evaluation = evaluate.without_warmup(evaluation)
     shown: list[dict[str, str]] = []
     evaluation = evaluation or {}
     for name in evaluate.rows_of(evaluation):

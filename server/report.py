@@ -73,6 +73,8 @@ def write_report(
         run: content of run.json: sites with their patients, warm-up report, validation of round 0, samples.
         schema: content of schema.json.
     """
+    if run["warmup"]["source"] == "none":
+        evaluation = evaluate.without_warmup(evaluation)
     labels: Mapping[str, str] = run["dictionary"].get("labels", {})
     page = _environment().get_template("report.html.j2")
     text = page.render(
@@ -200,15 +202,9 @@ def _result_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
                 row |= {"boxed": evaluate.percent(item["box_rate"]), "length": f"{item['mean_length']:.1f}"}
         for earlier in ("base", "warmup"):
             comparison = evaluation["paired"].get(f"{name}-{earlier}")
-            row[f"minus_{earlier}"] = _difference(comparison) if comparison else ("", "")
+            row[f"minus_{earlier}"] = evaluate.compared(comparison) if comparison else ("", "")
         rows.append(row)
     return rows
-
-
-def _difference(comparison: Mapping[str, Any]) -> tuple[str, str]:
-    """A paired difference in points, and its interval with p."""
-    low, high = (evaluate.points(bound) for bound in comparison["ci95"])
-    return evaluate.points(comparison["difference"]), f"{low} to {high}, {evaluate.p_value(comparison['mcnemar_p'])}"
 
 
 def _round_row(record: Mapping[str, Any]) -> dict[str, Any]:

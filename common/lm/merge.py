@@ -19,6 +19,7 @@ import gc
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,7 +105,9 @@ def merge_into(
     probes = [list(ids) for ids in prompts] if prompts is not None else probe_prompts(tokenizer)
     plain = load_plain(base, getattr(torch, dtype))
     try:
-        model: Any = PeftModel.from_pretrained(plain, str(adapter))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft's
+            model: Any = PeftModel.from_pretrained(plain, str(adapter))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"adapter {adapter}: does not load: {str(error).splitlines()[0]:.200}") from None
     model.eval()

@@ -135,6 +135,7 @@ def test_answer_only_runs_without_warm_up_say_so(tmp_path: Path) -> None:
     _, page = written(tmp_path, reasoning=False, warmup=False)
     assert "Questions are answer-only" in page.text()
     assert "Off: round 0 is the base model" in page.text()
+    assert "warmed up" not in page.text() and "over the base model" in page.text()
     assert "probability that the model gave the true option" in page.text()
     assert "teach nothing" not in page.text()
 
