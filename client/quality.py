@@ -124,8 +124,9 @@ def assess(table: Path, dictionary: Dictionary, mapping: MappingConfig) -> Quali
         text = f"{data.num_rows} rows of {patients} patients: rows of a patient stay together in training or in test"
         findings.append(Finding("note", used[dictionary.id_column], text))
     asked = [quality for quality in columns if quality.role == "feature"]
-    if asked and all(quality.distinct < 2 for quality in asked):
-        findings = [finding for finding in findings if " one value " not in finding.text]
+    if asked and len(asked) == len(dictionary.with_role("feature")) and all(quality.distinct < 2 for quality in asked):
+        lesser = (" has one value ", " has no value ")
+        findings = [finding for finding in findings if not any(words in finding.text for words in lesser)]
         text = f"no usable feature: none of the {len(asked)} features of '{dictionary.name}' has two different values"
         findings.append(Finding("error", "", text))
     described = set(local.values())

@@ -72,7 +72,7 @@ def header(table: Path) -> tuple[str, list[str]]:
     Raises:
         RegistryError: not UTF-8, or an empty header.
     """
-    _refuse_other_encodings(table)
+    odd_quotes = _refuse_other_encodings(table)
     with table.open(encoding="utf-8-sig", newline="") as stream:
         first = stream.readline()
         delimiter = max(_DELIMITERS, key=first.count)
@@ -80,13 +80,15 @@ def header(table: Path) -> tuple[str, list[str]]:
         names = next(csv.reader(stream, delimiter=delimiter), [])
     if not any(names):
         raise RegistryError(f"{table}: the first line has no column names")
+    if odd_quotes:
+        _refuse_ragged(table, delimiter)  # an unclosed quotation mark would swallow rows without a word
     return delimiter, names
 
 
-def _refuse_other_encodings(table: Path) -> None:
-    """Names the first row that is not UTF-8: one pass over the bytes, 1 MiB at a time."""
+def _refuse_other_encodings(table: Path) -> bool:
+    """Names the first row that is not UTF-8, else says whether the number of quotation marks is odd: one pass."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    lines_before = 0
+    lines_before = quotes = 0
     with table.open("rb") as stream:
         while True:
             block = stream.read(2**20)
@@ -98,8 +100,9 @@ def _refuse_other_encodings(table: Path) -> None:
                 where = "the header" if line == 1 else f"row {line - 1} (line {line})"
                 raise RegistryError(f"{table}: {where} is not UTF-8 text; save the table as 'CSV UTF-8'") from None
             if not block:
-                return
+                return quotes % 2 == 1
             lines_before += block.count(b"\n")
+            quotes += block.count(b'"')
 
 
 def read(table: Path, columns: list[str], numbers: list[str]) -> pa.Table:
@@ -142,20 +145,24 @@ def _read_text(table: Path, delimiter: str, columns: list[str], types: dict[str,
 
 
 def _refuse_ragged(table: Path, delimiter: str) -> None:
-    """Raises for the first row whose number of cells is not the header's."""
+    """Raises for the first row whose number of cells is not the header's, or whose quotation mark is never closed."""
     with table.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, delimiter=delimiter)
-        width = len(next(reader))
-        row = 0
-        for cells in reader:
-            if not cells:  # an empty line is no row
-                continue
-            row += 1
-            if len(cells) != width:
-                raise RegistryError(
-                    f"{table}: row {row} (line {reader.line_num}) has {len(cells)} cells, expected {width} as in the "
-                    f"header; look for a missing or extra {_DELIMITERS[delimiter]}"
-                )
+        reader = csv.reader(stream, delimiter=delimiter, strict=True)
+        width, row = 0, 0
+        try:
+            width = len(next(reader))
+            for cells in reader:
+                if not cells:  # an empty line is no row
+                    continue
+                row += 1
+                if len(cells) != width:
+                    raise RegistryError(
+                        f"{table}: row {row} (line {reader.line_num}) has {len(cells)} cells, expected {width} as in "
+                        f"the header; look for a missing or extra {_DELIMITERS[delimiter]}"
+                    )
+        except csv.Error:
+            where = f"row {row + 1}" if width else "the header"
+            raise RegistryError(f"{table}: {where}: a quotation mark is not closed, or stands inside a cell") from None
 
 
 def numbers(table: str, data: pa.Table, column: str, missing: frozenset[str] = frozenset()) -> np.ndarray:

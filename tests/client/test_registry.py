@@ -104,6 +104,11 @@ def test_quoted_cells_may_hold_delimiters_and_line_breaks(tmp_path):
     assert read_registry(path, dictionary()).patients.tolist() == ["a,1", "b\n2"]
 
 
+def test_a_quotation_mark_inside_a_plain_cell_is_text(tmp_path):
+    path = csv(tmp_path, 'a 5",east,40,1,1.0,0', "b,west,50,2,1.0,1")
+    assert read_registry(path, dictionary()).patients.tolist() == ['a 5"', "b"]
+
+
 def test_a_sentinel_word_in_a_number_column_is_missing(tmp_path):
     registry = read_registry(csv(tmp_path, "a,e,40,1,not done,0", "b,e,41,2,1.5,1"), dictionary())
     np.testing.assert_array_equal(registry.values["crea"], [np.nan, 1.5])
@@ -161,7 +166,8 @@ def test_a_bad_byte_after_many_megabytes_names_its_row(tmp_path):
         ("t.xlsx", b"PK", "expected a .csv, .tsv or .parquet file, got '.xlsx'"),
         ("t.csv", b"", "the file is empty"),
         ("t.csv", b"\n\n", "the first line has no column names"),
-        ("t.csv", HEADER.encode() + b'\na,e,40,1,"1.0,0\n', "row 1"),
+        ("t.csv", HEADER.encode() + b'\na,e,40,1,"1.0,0\n', "row 1: a quotation mark is not closed"),
+        ("t.csv", b'pid,"ward,age\na,e,40\n', "the header: a quotation mark is not closed"),
     ],
 )
 def test_a_damaged_file_is_one_line(tmp_path, name: str, content: bytes, line: str):

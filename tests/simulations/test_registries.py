@@ -14,7 +14,7 @@ from wardround.common.config import MappingConfig
 from wardround.common.dictionary import load_dictionary
 from wardround.common.errors import UserError
 from wardround.simulations import registries
-from wardround.simulations.support_alignment import DAY_3, realigned
+from wardround.simulations.support_alignment import DAY_3, SECOND_PHASE, STRETCHES, realigned
 
 
 def built(name: str) -> pd.DataFrame:
@@ -84,6 +84,28 @@ def test_day_3_measurements_stand_beside_their_own_patients():
     assert agreement(table, second_phase, "aps", "meanbp") < -0.25
     assert agreement(table, second_phase, "urin1", "urine") > 0.4
     assert agreement(table, second_phase, "diabetes", "glucose") > 0.25
+
+
+def test_each_displacement_is_the_one_at_which_the_two_files_agree():
+    built("support_icu")
+    support = registries._support2()
+    patients = np.concatenate([np.arange(start, end) for start, end in SECOND_PHASE])
+    day_3 = np.log(support["crea"].to_numpy()[patients])
+    day_1 = np.full(len(support), np.nan)  # of the patient in that row of SUPPORT2, from the RHC file
+    published = registries.build("support_icu", as_published=True)
+    key = ["hospdead", "slos", "charges", "totcst", "sps", "aps", "surv2m", "surv6m", "hday", "avtisst"]
+    rows = support.reset_index(names="row")[["row", *key]].merge(published[[*key, "crea1"]], on=key, validate="m:1")
+    day_1[rows["row"]] = np.log(rows["crea1"])
+    for start, end, displacement in STRETCHES:
+        inside = np.flatnonzero((patients >= start) & (patients < end))
+        agreement = {}
+        for step in range(-100, 101):
+            here = inside[(inside + step >= 0) & (inside + step < len(patients))]
+            pair = pd.DataFrame({"x": day_1[patients[here]], "y": day_3[here + step]})
+            agreement[step] = pair.corr().iloc[0, 1]
+        ranked = sorted(agreement, key=agreement.__getitem__, reverse=True)
+        assert ranked[0] == displacement
+        assert agreement[displacement] > 0.75 and agreement[ranked[1]] < 0.5
 
 
 def test_realignment_refuses_another_file():

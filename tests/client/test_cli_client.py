@@ -1,0 +1,255 @@
+"""`wardround client …` and `wardround evaluate` as a data manager runs them: output, exit codes, files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from wardround.common.cli import main
+from wardround.common.dictionary import dump_dictionary, load_dictionary
+from wardround.common.errors import UserError
+from wardround.simulations import registries, synthetic_registry
+
+DICTIONARY = """
+name = "ward"
+title = "A ward"
+[[features]]
+name = "pid"
+label = "Patient"
+role = "id"
+[[features]]
+name = "age"
+label = "Age"
+section = "Who"
+kind = "number"
+low = 18
+high = 110
+[[features]]
+name = "sex"
+label = "Sex"
+section = "Who"
+levels = { "1" = "male", "2" = "female" }
+[[features]]
+name = "crea"
+label = "Creatinine"
+section = "Labs"
+kind = "number"
+unit = "mg/dL"
+low = 0.2
+high = 26
+decimals = 1
+"""
+HEADER = "pid,age,sex,crea"
+GOOD = ["a,40,1,1.0", "b,50,2,1.5", "c,60,1,0.8"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of one command."""
+    try:
+        main([str(arg) for arg in args])
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def ward(tmp_path: Path) -> Path:
+    (tmp_path / "ward.toml").write_text(DICTIONARY)
+    (tmp_path / "good.csv").write_text("\n".join([HEADER, *GOOD]) + "\n")
+    return tmp_path
+
+
+def test_a_clean_table_passes_and_shows_its_quality(ward: Path, capsys):
+    code, out, err = run(capsys, "client", "check", ward / "good.csv", ward / "ward.toml")
+    assert (code, err) == (0, "")
+    assert "3 rows, 3 patients" in out and "Creatinine" in out and out.rstrip().endswith("clean")
+
+
+BROKEN: list[tuple[str, bytes, str]] = [
+    ("ragged", b"a,40,1,1.0\nb,50,2\n", "row 2 (line 3) has 3 cells, expected 4 as in the header"),
+    ("latin-1", "a,40,1,1.0\nJosé,50,2,1.5\n".encode("latin-1"), "row 2 (line 3) is not UTF-8 text"),
+    ("text in a number", b"a,40,1,1.0\nb,fifty,2,1.5\nc,60,1,1\n", "column 'age': row 2: expected a number, got text"),
+    (
+        "unknown level",
+        b"a,40,1,1.0\nb,50,3,1.5\nc,60,2,1\n",
+        "column 'sex': row 2: a level that is not in the dictionary",
+    ),
+    ("empty id", b"a,40,1,1.0\n,50,2,1.5\n", "column 'pid': the patient id is empty in row 2"),
+    ("no rows", b"", "the table has no rows"),
+    ("one level", b"a,40,1,1.0\nb,50,1,1.5\n", "column 'sex' has one value in every row: a feature with one level"),
+    ("all missing", b"a,,,\nb,,,\n", "no usable feature"),
+    ("wrong unit", b"a,40,1,88\nb,50,2,132\nc,60,1,71\n", "as µmol/L nearly all would fit"),
+    ("decimal comma", b'a,40,1,"1,0"\nb,50,2,"1,5"\n', "write decimals with a point, not a comma"),
+    ("unclosed quote", b'a,40,1,"1.0\nb,50,2,1.5\n', "row 1: a quotation mark is not closed"),
+    ("unclosed quote in a word", b'a,40,1,1.0\n"b,50,2,1.5\nc,60,1,2\n', "row 2: a quotation mark is not closed"),
+]
+
+
+@pytest.mark.parametrize(("rows", "line"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN])
+def test_a_broken_table_is_one_line_and_exit_2(ward: Path, capsys, rows: bytes, line: str):
+    (ward / "t.csv").write_bytes(HEADER.encode() + b"\n" + rows)
+    code, _, err = run(capsys, "client", "check", ward / "t.csv", ward / "ward.toml")
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert line in err and "t.csv" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("none.csv", None, "no such table"),
+        ("t.xlsx", b"PK", "expected a .csv, .tsv or .parquet file, got '.xlsx'"),
+        ("t.parquet", b"PAR1 not really PAR1", "not a Parquet file, or damaged"),
+        ("t.csv", b"pid,pid,age,sex,crea\na,a,40,1,1.0\n", "patient id column 'pid' occurs 2 times; keep one"),
+        ("t.csv", b"pid,age,sex,crea,age\na,40,1,1.0,40\n", "column 'age' occurs 2 times; keep one"),
+        ("t.csv", b"pid,years,sex,crea\na,40,1,1.0\nb,50,2,1.5\n", "no column 'age'"),
+        ("t.csv", b"pid,age,sex,crea,surname\na,40,1,1.0,x\nb,50,2,1.5,y\n", "column 'surname' looks like a name"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_one_line_and_exit_2(ward: Path, capsys, name: str, content, line: str):
+    if content is not None:
+        (ward / name).write_bytes(content)
+    code, _, err = run(capsys, "client", "check", ward / name, ward / "ward.toml")
+    assert code == 2 and line in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ('levels = { "1" = "male", "2" = "female" }', 'levels = { "1" = "male" }', "needs at least 2 levels, got 1"),
+        ('label = "Age"\n', "", "feature 'age': missing key 'label'"),
+        ('role = "id"', 'role = "excluded"\nreason = "x"', "expected one feature with role = 'id'"),
+        ("high = 110", "hihg = 110", "feature 'age': unknown key 'hihg'"),
+        ('name = "age"', 'name = "pid"', "feature 'pid' is described twice"),
+    ],
+)
+def test_a_broken_dictionary_is_one_line_and_exit_2(ward: Path, capsys, old: str, new: str, line: str):
+    assert old in DICTIONARY
+    (ward / "bad.toml").write_text(DICTIONARY.replace(old, new))
+    code, _, err = run(capsys, "client", "check", ward / "good.csv", ward / "bad.toml")
+    assert code == 2 and line in err and "bad.toml" in err and err.count("\n") == 1
+
+
+def test_check_shows_the_mapping_of_site_toml(ward: Path, capsys):
+    (ward / "local.csv").write_text("nr,alter,sex,krea\na,40,M,88.4\nb,50,W,132.6\n")
+    (ward / "site.toml").write_text(
+        'name = "east"\ntable = "local.csv"\ndictionary = "ward.toml"\n'
+        '[mapping.columns]\npid = "nr"\nage = "alter"\ncrea = "krea"\n'
+        '[mapping.units]\ncrea = "µmol/L"\n[mapping.levels.sex]\nM = "1"\nW = "2"\n',
+        encoding="utf-8",
+    )
+    args = ("client", "check", ward / "local.csv", ward / "ward.toml", "--site", ward / "site.toml")
+    code, out, err = run(capsys, *args)
+    assert (code, err) == (0, "")
+    assert "krea" in out and "µmol/L" in out and "mg/dL" in out and "'2' (female)" in out
+    content = json.loads(run(capsys, *args, "--json")[1])
+    assert content["clean"] is True and len(content["mapping"]) == 6
+    assert {column["name"] for column in content["columns"]} == {"age", "sex", "crea"}
+
+
+def test_json_of_an_unclean_table_still_exits_2(ward: Path, capsys):
+    (ward / "t.csv").write_text(HEADER + "\na,40,1,1.0\nb,50,1,1.5\n")
+    code, out, err = run(capsys, "client", "check", ward / "t.csv", ward / "ward.toml", "--json")
+    content = json.loads(out)
+    assert code == 2 and content["clean"] is False and content["findings"][0]["column"] == "sex" and err
+
+
+@pytest.mark.parametrize("name", registries.NAMES)
+def test_check_of_each_built_registry_is_clean(name: str, tmp_path: Path, capsys):
+    try:
+        table, _ = registries.write(name, tmp_path)
+    except UserError as error:
+        pytest.skip(str(error))
+    code, out, err = run(capsys, "client", "check", table, name)
+    assert (code, err) == (0, "") and out.rstrip().endswith("clean")
+
+
+def test_a_dictionary_is_drafted_to_the_screen_or_a_new_file(ward: Path, capsys):
+    table = ward / "long.csv"
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"pid": range(50), "age": rng.integers(20, 90, 50), "crea": rng.uniform(1, 5, 50).round(1)})
+    frame.to_csv(table, index=False)
+    code, out, err = run(capsys, "client", "dictionary", table)
+    assert code == 0 and 'name = "age"' in out and "TODO" in out and "3 entries" in err
+    assert run(capsys, "client", "dictionary", table, "--out", ward / "new" / "d.toml")[0] == 0
+    assert load_dictionary(ward / "new" / "d.toml").id_column == "pid"
+    assert run(capsys, "client", "check", table, ward / "new" / "d.toml")[0] == 0
+    code, _, err = run(capsys, "client", "dictionary", table, "--out", ward / "new" / "d.toml")
+    assert code == 2 and "exists already" in err
+    code, _, err = run(capsys, "client", "dictionary", ward / "none.csv", "--out", ward / "other" / "d.toml")
+    assert code == 2 and not (ward / "other").exists()
+
+
+def test_questions_are_shown_as_the_model_sees_them_with_the_truth(tmp_path: Path, capsys):
+    frame, dictionary = synthetic_registry.make(400, seed=3)
+    frame.to_parquet(tmp_path / "t.parquet")
+    (tmp_path / "d.toml").write_text(dump_dictionary(dictionary))
+    args = ("client", "questions", tmp_path / "t.parquet", tmp_path / "d.toml", "-n", 4, "--seed", 5)
+    code, out, _ = run(capsys, *args)
+    assert code == 0
+    assert out.startswith("Options and hidden features come from this table's own counts (400 rows)")
+    assert out.count("→ truth: ") == 4 and out.count("[system]") == 4 and "\\boxed{" in out
+    assert run(capsys, *args)[1] == out  # the seed decides
+    korean = run(capsys, *args, "--prompt", "ko", "--reasoning")[1]
+    assert "단계별로" in korean
+    code, _, err = run(capsys, *args, "--prompt", "klingon")
+    assert code == 2 and err.count("\n") == 1
+
+
+def test_evaluate_scores_a_model_folder_and_writes_the_agreed_shape(tmp_path: Path, capsys, tiny_model_path: Path):
+    frame, dictionary = synthetic_registry.make(300, seed=4)
+    frame.to_parquet(tmp_path / "t.parquet")
+    (tmp_path / "d.toml").write_text(dump_dictionary(dictionary))
+    args = ["evaluate", tiny_model_path, tmp_path / "t.parquet", tmp_path / "d.toml", "-n", 30]
+    args += ["--set", "evaluation.bootstrap_samples=200"]
+    code, out, _ = run(capsys, *args, "--out", tmp_path / "new" / "score.json")
+    result = json.loads((tmp_path / "new" / "score.json").read_text())
+    assert code == 0 and "majority" in out
+    assert {"accuracy", "ci95", "n"} <= set(result["model"]) and result["model"]["n"] == 30
+    assert 0 < result["chance"] < 1 and result["by_feature"] and result["majority"]["n"] == 30
+    assert result["provenance"]["registry_digest"] and result["provenance"]["split_key"] == "public"
+    run(capsys, *args, "--out", tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text()) == result  # same model, table, seed: same score
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"model": "no/such-model"}, "model 'no/such-model'"),
+        ({"table": "none.parquet"}, "no such table"),
+        ({"--schema": "d.toml"}, "not a question schema"),
+        ({"--schema": "none.json"}, "no such file"),
+        ({"--adapter": "."}, "no adapter_config.json in it"),
+        ({"--config": "none.toml"}, "no such file"),
+        ({"--set": "questions.n_options=99"}, "n_options"),
+        ({"--out": "."}, "expected a file, got a folder"),
+        ({"--site": "none.toml"}, "no such file"),
+    ],
+)
+def test_evaluate_refuses_in_one_line_and_writes_nothing(
+    tmp_path: Path, capsys, monkeypatch, tiny_model_path: Path, changed: dict[str, str], line: str
+):
+    monkeypatch.chdir(tmp_path)
+    frame, dictionary = synthetic_registry.make(300, seed=4)
+    frame.to_parquet("t.parquet")
+    Path("d.toml").write_text(dump_dictionary(dictionary))
+    args = {"--out": "score.json"} | {key: value for key, value in changed.items() if key.startswith("--")}
+    options = [word for pair in args.items() for word in pair]
+    model, table = changed.get("model", tiny_model_path), changed.get("table", "t.parquet")
+    code, _, err = run(capsys, "evaluate", model, table, "d.toml", *options)
+    lines = [text for text in err.splitlines() if not text.startswith("questions:")]
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and line in lines[0]
+    assert not Path("score.json").exists()
+
+
+@pytest.mark.parametrize(
+    "command", [["client", "check"], ["client", "dictionary"], ["client", "questions"], ["evaluate"]]
+)
+def test_help_has_an_example(command: list[str], capsys):
+    code, out, _ = run(capsys, *command, "--help")
+    assert code == 0 and f"wardround {' '.join(command)}" in out.replace("\n  ", " ").split("Example:")[1]
