@@ -217,6 +217,27 @@ def test_evaluate_scores_a_model_folder_and_writes_the_agreed_shape(tmp_path: Pa
     assert json.loads((tmp_path / "again.json").read_text()) == result  # same model, table, seed: same score
 
 
+def test_evaluate_puts_a_peft_adapter_on_the_model(tmp_path: Path, capsys, tiny_model_path: Path):
+    from wardround.common.config import LoraConfig, ModelConfig
+    from wardround.common.lm import models
+
+    frame, dictionary = synthetic_registry.make(300, seed=4)
+    frame.to_parquet(tmp_path / "t.parquet")
+    (tmp_path / "d.toml").write_text(dump_dictionary(dictionary))
+    lm = models.load(ModelConfig(id=str(tiny_model_path)), LoraConfig(rank=4, alpha=8.0), seed=0)
+    lm.set_vector(np.random.default_rng(0).normal(0, 2, lm.vector().size).astype(np.float32))
+    lm.save_adapter(tmp_path / "adapter")
+    args = ["evaluate", tiny_model_path, tmp_path / "t.parquet", tmp_path / "d.toml", "-n", 40]
+    scores = {}
+    for name, extra in (("base", []), ("adapted", ["--adapter", tmp_path / "adapter"])):
+        out = tmp_path / f"{name}.json"
+        code, _, _ = run(capsys, *args, *extra, "--out", out)
+        assert code == 0
+        scores[name] = json.loads(out.read_text())
+    assert scores["base"]["majority"] == scores["adapted"]["majority"]  # the same questions
+    assert scores["base"]["by_feature"] != scores["adapted"]["by_feature"]  # other answers
+
+
 @pytest.mark.parametrize(
     ("changed", "line"),
     [
