@@ -8,11 +8,24 @@ the site's own secret.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from ..common.question import Question
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question with its prompt as the model reads it."""
+
+    question: Question
+    prompt: list[int]
+
+    @property
+    def n_options(self) -> int:
+        return len(self.question.options)
 
 
 class QuestionSource(Protocol):

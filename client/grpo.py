@@ -28,11 +28,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -47,47 +45,11 @@ from ..common.lm.prefix import SharedPrefix, causal_model, option_log_softmax
 from ..common.lm.scoring import encode
 from ..common.question import PromptTemplate, Question
 from ..common.seeds import derive_rng, derive_seed
-from .draws import Draws, QuestionSource
+from .draws import Asked, Draws, QuestionSource
 from .grpo_loss import StepScale, exact_loss, parts_by_tokens, rows_of
-from .reward import RoundCounts, reward, trl_reward
+from .reward import LocalResult, RoundCounts, reward, trl_reward
 
-
-@dataclass
-class LocalResult:
-    """What one round at one hospital gave.
-
-    Attributes:
-        vector: the new trainable vector, float32.
-        steps: optimizer steps.
-        reward_histogram: `RoundCounts.histogram`.
-        seconds: wall time.
-        phase_seconds: of it: rollout, loss (forward and backward), other (the optimizer, building the engine).
-        The others: as in `RoundCounts` (client/reward.py).
-    """
-
-    vector: npt.NDArray[np.float32]
-    questions: int
-    completions: int
-    reward_sum: float
-    boxed: int
-    completion_tokens: int
-    steps: int
-    empty_draws: int
-    reward_histogram: npt.NDArray[np.int64]
-    seconds: float
-    phase_seconds: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A question with its prompt as the model reads it."""
-
-    question: Question
-    prompt: list[int]
-
-    @property
-    def n_options(self) -> int:
-        return len(self.question.options)
+__all__ = ["Engine", "LocalResult", "QuestionSource", "train_local_round"]
 
 
 def train_local_round(
@@ -165,6 +127,7 @@ class Engine(GRPOTrainer):
         self.sampler = torch.Generator().manual_seed(derive_seed(seed, "sampling"))
         self.tokens_per_backward = config.speed.tokens_per_backward
         self.on_step = on_step
+        self.never_generated: Sequence[int] = ()  # benchmarks suppress the end token
         self.counts = RoundCounts(grpo.group_size)
         self.phase_seconds = {"rollout": 0.0, "loss": 0.0}
         base = causal_model(lm)
@@ -307,26 +270,7 @@ class Engine(GRPOTrainer):
         """trl's rollout function; prompts and questions are in `_part`."""
         began = time.perf_counter()
         asked, group = self._part[0], self.grpo.group_size
-        if self.reasoning_tokens:
-            self._known = None
-            completions = rollout(
-                self.lm,
-                self.answering,
-                [one.prompt for one in asked],
-                [one.n_options for one in asked],
-                group_size=group,
-                max_tokens=self.reasoning_tokens,
-                temperature=self.grpo.temperature,
-                generator=self.sampler,
-            )
-        else:
-            log_probs = self._option_log_probs(asked)
-            chosen = draw(log_probs.detach(), self._uniform)
-            self._known = log_probs.gather(1, chosen).reshape(-1, 1)
-            letters, completions = self.answering.letters.tolist(), []
-            for option in chosen.flatten().tolist():
-                completions.append(Completion(generated=1, answer=option, forced=True))
-                completions[-1].add(letters[option], 0.0)
+        completions = self._complete(asked)
         self._part = asked, completions
         self.phase_seconds["rollout"] += time.perf_counter() - began
         return {
@@ -336,6 +280,30 @@ class Engine(GRPOTrainer):
             "env_mask": [[int(own) for own in completion.in_loss] for completion in completions],
             "chosen": [completion.answer for completion in completions],
         }
+
+    def _complete(self, asked: list[Asked]) -> list[Completion]:
+        """G completions of every question; answer-only ones with their log-probabilities in `_known`."""
+        if self.reasoning_tokens:
+            self._known = None
+            return rollout(
+                self.lm,
+                self.answering,
+                [one.prompt for one in asked],
+                [one.n_options for one in asked],
+                group_size=self.grpo.group_size,
+                max_tokens=self.reasoning_tokens,
+                temperature=self.grpo.temperature,
+                generator=self.sampler,
+                suppress=self.never_generated,
+            )
+        log_probs = self._option_log_probs(asked)
+        chosen = draw(log_probs.detach(), self._uniform)
+        self._known = log_probs.gather(1, chosen).reshape(-1, 1)
+        letters, completions = self.answering.letters.tolist(), []
+        for option in chosen.flatten().tolist():
+            completions.append(Completion(generated=1, answer=option, forced=True))
+            completions[-1].add(letters[option], 0.0)
+        return completions
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, None]:
         """Log-probabilities of the rows in `_part`. Entropies (only trl's metrics want them) are not computed: zero."""

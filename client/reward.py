@@ -8,6 +8,7 @@ answer is. Rewards of single patients stay at the hospital; sums and histograms 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -89,3 +90,29 @@ class RoundCounts:
         self.reward_sum += float(p_truth.sum())
         self.completions += len(p_truth)
         self.completion_tokens += len(p_truth)
+
+
+@dataclass
+class LocalResult:
+    """What one round at one hospital gave.
+
+    Attributes:
+        vector: the new trainable vector, float32.
+        steps: optimizer steps.
+        reward_histogram: `RoundCounts.histogram`.
+        seconds: wall time.
+        phase_seconds: of it: rollout, loss (forward and backward), other (the optimizer, building the engine).
+        The others: as in `RoundCounts`.
+    """
+
+    vector: npt.NDArray[np.float32]
+    questions: int
+    completions: int
+    reward_sum: float
+    boxed: int
+    completion_tokens: int
+    steps: int
+    empty_draws: int
+    reward_histogram: npt.NDArray[np.int64]
+    seconds: float
+    phase_seconds: dict[str, float] = field(default_factory=dict)
