@@ -35,7 +35,7 @@ from ..common.adapter import Manifest
 from ..common.config import RunConfig, SiteConfig, load_site
 from ..common.dictionary import Dictionary, load_dictionary
 from ..common.errors import ConfigError, ProtocolError, VerificationError
-from ..common.files import private_folder, read_record, write_atomic
+from ..common.files import private_folder, read_record, record_digest, write_atomic
 from ..common.global_model import GlobalModel
 from ..common.messages import Instruction
 from ..common.question import PromptTemplate, Question, load_prompt
@@ -60,8 +60,16 @@ def _config(text: str, digest: str) -> RunConfig:
     return config
 
 
-# Bounded: simulated sites share one dictionary, one schema and one manifest, however many there are.
-_dictionary = lru_cache(maxsize=2)(lambda path, _content: load_dictionary(path))
+# Bounded: simulated sites share one dictionary, schema, manifest and model, however many there are.
+_dictionaries: dict[bytes, Dictionary] = {}  # by the file's digest; one at most
+_round_zero: dict[bytes, GlobalModel] = {}  # by the record's checksum; one at most
+_verified: dict[str, tuple[GlobalModel, np.ndarray, GlobalModel]] = {}  # by digest: round 0, trainable, model; one
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype == np.float32 and np.array_equal(a.view(np.uint32), b.view(np.uint32))
+
+
 parse_schema = lru_cache(maxsize=2)(Schema.from_json)
 parse_manifest = lru_cache(maxsize=2)(Manifest.from_json)
 _template = lru_cache(maxsize=2)(load_prompt)
@@ -112,8 +120,11 @@ class Site:
     @cached_property
     def dictionary(self) -> Dictionary:
         path = self.folder / self.config.dictionary
-        content = hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b""
-        return _dictionary(path, content)
+        key = hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b""
+        if key not in _dictionaries:
+            _dictionaries.clear()
+            _dictionaries[key] = load_dictionary(path)
+        return _dictionaries[key]
 
     @cached_property
     def registry(self) -> Registry:
@@ -171,8 +182,27 @@ class SiteRun:
         path = self.folder / "round-0.record"
         if not path.exists():
             raise ProtocolError("this site has no round-0 adapter of this run: warm-up comes first")
-        record = read_record(path)
-        return GlobalModel(parse_manifest(record.values["manifest"]), record.vectors["vector"])
+        key = record_digest(path)
+        if key not in _round_zero:
+            record = read_record(path)
+            _round_zero.clear()
+            _round_zero[key] = GlobalModel(parse_manifest(record.values["manifest"]), record.vectors["vector"])
+        return _round_zero[key]
+
+    def global_model(self, trainable: np.ndarray, expected: str) -> GlobalModel:
+        """The round-0 adapter with this trainable part, checked against the digest that the instruction names.
+
+        Raises:
+            VerificationError: another digest, wrong size, NaN or infinity.
+        """
+        known = _verified.get(expected)
+        if known is not None and known[0] is self.round_zero and _same_bits(known[1], trainable):
+            return known[2]
+        model = self.round_zero.moved(trainable)
+        model.verify(expected)
+        _verified.clear()
+        _verified[expected] = (self.round_zero, trainable, model)
+        return model
 
     def schema(self, digest: str) -> Schema:
         """The published schema.

@@ -59,7 +59,7 @@ class Ledger:
             phase: the instruction's name.
             purpose: what the bytes are for, in words.
             size_bytes: all bytes of the reply.
-            sha256: hex, of the reply's encoding (head and vectors).
+            sha256: hex, of the reply's head, which holds the SHA-256 of every vector.
             code: of a refusal or failure.
 
         Returns:

@@ -113,8 +113,7 @@ def train(site: Site, instruction: TrainInstruction) -> TrainReply:
 
 
 def _train(run: SiteRun, instruction: TrainInstruction, input_digest: str) -> update.StoredUpdate:
-    model = run.round_zero.moved(instruction.vector)
-    model.verify(instruction.model_digest)
+    model = run.global_model(instruction.vector, instruction.model_digest)
     schema, name = run.schema(instruction.schema_digest), run.site.config.name
     targets = policy.allowed_targets(run.site.config.policy, schema.names)
     source = TrainingPatients(run.builder(schema), run.site.patients_of("train"), targets)
@@ -151,8 +150,7 @@ def collect(site: Site, instruction: CollectInstruction) -> CollectReply:
 def validate(site: Site, instruction: ValidateInstruction) -> ValidateReply:
     """Scores the global model on validation patients."""
     run = SiteRun(site, instruction)
-    model = run.round_zero.moved(instruction.vector)
-    model.verify(instruction.model_digest)
+    model = run.global_model(instruction.vector, instruction.model_digest)
     n = run.config.federation.validation_questions_per_site
     questions = run.held_out("validation", run.schema(instruction.schema_digest), n)
     if not questions:
