@@ -74,7 +74,7 @@ def quiet_third_parties() -> None:
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }.items():
         os.environ.setdefault(name, value)
-    for name in ("flwr", "transformers", "accelerate", "datasets", "peft", "trl", "matplotlib"):
+    for name in ("flwr", "transformers", "accelerate", "datasets", "peft", "trl"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -36,7 +36,7 @@ def run(config: Path, out: Path, resume: bool, overrides: tuple[str, ...], as_js
     settings = configs.load_run(config, overrides)
     if settings.speed.threads:
         os.environ["OMP_NUM_THREADS"] = str(settings.speed.threads)
-    from ..server.evaluate import table, verdict
+    from ..server.evaluate import baselines, table, verdict
     from .federation import SilentProgress, simulate
     from .progress import TerminalProgress
 
@@ -49,6 +49,7 @@ def run(config: Path, out: Path, resume: bool, overrides: tuple[str, ...], as_js
 
     Console(soft_wrap=True).print(table(evaluation))
     click.echo(verdict(evaluation))
+    click.echo(baselines(evaluation))
     click.echo(f"report: {out / 'report.html'}")
 
 
@@ -56,7 +57,7 @@ def run(config: Path, out: Path, resume: bool, overrides: tuple[str, ...], as_js
 @click.argument("name")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the table and its dictionary.")
 def registry(name: str, out: Path) -> None:
-    """Build an open registry from installed packages: NAME.parquet and NAME.toml in --out.
+    """Build an open registry from installed packages: table.parquet and dictionary.toml in --out.
 
     NAME: support_icu, smart or copenhagen_stroke.
     """
