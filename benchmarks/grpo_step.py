@@ -1,8 +1,8 @@
 """One GRPO step, ours against stock trl: python benchmarks/grpo_step.py [--repeats 2] [--device cuda] [--ours-only]
 
 The same work on both sides: 4 questions × 7 completions × 64 sampled tokens, end-of-sequence suppressed, SmolLM2-135M
-in float32 with the same LoRA (rank 16, all linear layers, A frozen), dr_grpo, no gradient checkpointing. Every group has
-reward variance (rewards alternate), so no group is skipped. Ours also appends the forced answer, 12 tokens a completion
+in float32 with the same LoRA (rank 16, all linear layers, A frozen), dr_grpo, no gradient checkpointing. Rewards
+alternate, so every group has variance and none is skipped. Ours also appends the forced answer, 12 tokens a completion
 that stock trl does not have. trl runs with micro-batches of 7 and of 28 and its better one counts. In turns, median
 over repeats. Prompts are questions of the SUPPORT ICU registry where its packages are installed, else synthetic.
 

@@ -152,6 +152,7 @@ class Engine(GRPOTrainer):
         self.remove_callback(PrinterCallback)
         # Trainer.train frees memory first, which collects garbage over the whole process: a quarter of a second.
         self.accelerator.free_memory = self._forget_prepared  # type: ignore[method-assign]
+        self.current_gradient_accumulation_steps = 1  # Trainer.train sets it; `losses` also works without
         self.trained = [parameter for parameter in lm.model.parameters() if parameter.requires_grad]
         self.beta = grpo.beta  # after super().__init__, which would add a copy of the adapter to the model
         self.starting_values = [p.detach().clone() for p in self.trained] if self.beta else []
