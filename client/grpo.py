@@ -125,7 +125,7 @@ class Engine(GRPOTrainer):
         self.answering = Answering(lm, template)
         self.draws = Draws(source, grpo.patients_per_step, grpo.local_steps, derive_rng(seed, "draws"))
         self.sampler = torch.Generator().manual_seed(derive_seed(seed, "sampling"))
-        self.tokens_per_backward = config.speed.tokens_per_backward
+        self.tokens_per_backward = config.speed.tokens_per_backward or (512 if lm.device.type == "cpu" else 4096)
         self.on_step = on_step
         self.never_generated: Sequence[int] = ()  # benchmarks suppress the end token
         self.counts = RoundCounts(grpo.group_size)
