@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -80,8 +81,11 @@ class Answering:
         declared = lm.model.generation_config.eos_token_id
         ends = [declared] if isinstance(declared, int) else list(declared or [])
         self.ends = frozenset([*ends, self.tokenizer.eos_token_id])
-        # Only these can close a box, so only after them the text is looked at.
-        self._closing = frozenset(i for token, i in self.tokenizer.get_vocab().items() if "}" in token)
+
+    @cached_property
+    def _closing(self) -> frozenset[int]:
+        """Tokens that can close a box: only after them the text is looked at."""
+        return frozenset(i for token, i in self.tokenizer.get_vocab().items() if "}" in token)
 
     def text(self, ids: Sequence[int]) -> str:
         """Token ids as text, special tokens left out."""

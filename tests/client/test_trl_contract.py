@@ -54,6 +54,7 @@ READ_IN_TRL_1_16: dict[Callable[..., Any], tuple[str, str]] = {
     GRPOTrainer.__init__: ("18f01b7a46c9544b", "beta = 0 adds no reference adapter; replaces model.forward once"),
     utils.add_fused_lm_head: ("422d009f04b66659", "sets `forward` on the model instance, which Engine takes off again"),
     utils.nanstd: ("081b874388d813a0", "Bessel's correction: exact mode uses its limit"),
+    Trainer.create_optimizer: ("c798977d9dca3601", "overridden: sets self.optimizer and returns it"),
     Trainer._run_epoch: ("31aff00f34c302a2", "one training_step a step, then optimizer.step, whatever the batch holds"),
     Trainer._inner_training_loop: ("20ec4276e99fe7ae", "calls accelerator.free_memory, which Engine replaces"),
     Accelerator.free_memory: ("f61b2373c6b0dff1", "replaced: resets the same attributes, without collecting garbage"),
