@@ -121,7 +121,6 @@ def _train(run: SiteRun, instruction: TrainInstruction, input_digest: str) -> up
 
     seed = derive_seed(run.config.seed, "train", name, instruction.round_index)
     result = train_local_round(run.language_model(model), source, run.template, run.config, seed=seed, on_step=None)
-    group = 1 if run.config.grpo.expectation == "exact" else run.config.grpo.group_size
     return update.StoredUpdate(
         input_digest=input_digest,
         model_digest=instruction.model_digest,
@@ -130,7 +129,7 @@ def _train(run: SiteRun, instruction: TrainInstruction, input_digest: str) -> up
         statistics={
             "steps": int(result.steps),
             "questions": int(result.questions),
-            "completions": int(result.questions) * group,
+            "completions": int(result.completions),
             "reward_sum": float(result.reward_sum),
             "boxed": int(result.boxed),
             "completion_tokens": int(result.completion_tokens),
