@@ -95,7 +95,7 @@ def test_a_run_goes_through_every_phase_in_order(whole: Whole):
 
 def test_a_run_leaves_the_files_that_others_rely_on(whole: Whole):
     out, evaluation, _ = whole
-    for name in ("config.resolved.toml", "schema.json", "rounds.jsonl", "evaluation.json", "run.json"):
+    for name in ("config.resolved.toml", "schema.json", "rounds.jsonl", "evaluation.json", "run.json", "report.html"):
         assert (out / name).stat().st_size > 0
     for name in ("adapter", "model", "journal", "sites", "tensorboard"):
         assert (out / name).is_dir()
@@ -173,9 +173,13 @@ def test_the_same_run_in_another_folder_gives_the_same_adapter(whole: Whole, tmp
     assert rounds(tmp_path / "run") == rounds(whole[0])
 
 
-@pytest.mark.parametrize("waited_for", ["first-update", "trained", "applied"])
-def test_kill_9_in_round_2_then_resume_gives_the_same_adapter_bit_for_bit(
-    whole: Whole, tmp_path: Path, tiny_model_path: Path, waited_for: str
+@pytest.mark.parametrize(
+    ("waited_for", "how"),
+    [("first-update", signal.SIGKILL), ("trained", signal.SIGINT), ("applied", signal.SIGKILL)],
+    ids=["first-update", "trained-ctrl-c", "applied"],
+)
+def test_a_kill_in_round_2_then_resume_gives_the_same_adapter_bit_for_bit(
+    whole: Whole, tmp_path: Path, tiny_model_path: Path, waited_for: str, how: signal.Signals
 ):
     out = tmp_path / "run"
     (tmp_path / "run.toml").write_text((whole[0] / "config.resolved.toml").read_text())
@@ -185,7 +189,9 @@ def test_kill_9_in_round_2_then_resume_gives_the_same_adapter_bit_for_bit(
         "trained": "journal/round-00002-train.record",
         "applied": "journal/round-00002-apply.record",
     }[waited_for]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    process = subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         deadline = time.monotonic() + 240
         while not list(out.glob(pattern)):
@@ -193,7 +199,7 @@ def test_kill_9_in_round_2_then_resume_gives_the_same_adapter_bit_for_bit(
             assert time.monotonic() < deadline
             time.sleep(0.002)
     finally:
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(how)
         process.wait()
     assert not (out / "journal" / "round-00002-validate.record").exists()
     simulate(settings(tiny_model_path), out, resume=True)
