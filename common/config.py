@@ -64,13 +64,13 @@ class WarmupConfig(Frozen):
 
     enabled: bool = True
     adapter: str | None = None  # a released adapter (name in configs/adapters or a path); None: train it
-    steps: Annotated[int, Field(ge=1)] = 160
+    steps: Annotated[int, Field(ge=1)] = 200
     batch_size: Annotated[int, Field(ge=1)] = 8
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     features_per_record: Annotated[int, Field(ge=1)] = 6
     reasoning_tokens: Annotated[int, Field(ge=0)] = 0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of its training's matrix products; bfloat16: autocast
-    hinted_share: Fraction = 0.0  # share of questions whose record only hints at the answer
+    hinted_share: Fraction = 0.4  # share of questions whose record only hints at the answer
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     seed: Annotated[int, Field(ge=0)] = 0

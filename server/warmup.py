@@ -3,7 +3,8 @@
 Runs at the coordinator, once, before round 1. Enters: the base model and a generator of synthetic questions
 (warmup_questions.py); nothing of a patient. Leaves: the round-0 adapter that every site starts from. SmolLM2-135M
 cannot bind letters to options, so every group of completions is a lottery; minutes of supervised training on
-questions whose answer is written in them mend that. Large models need none (`warmup.enabled = false`).
+questions whose answer is written in them, or hinted at, mend that (figures in configs/adapters/smollm2-135m.json).
+Large models need none (`warmup.enabled = false`).
 
 Under `ffa` the warm-up trains A and B; A is frozen from round 0 on.
 
@@ -103,6 +104,7 @@ def warm_up(lm: LanguageModel, config: RunConfig, *, on_step: OnStep | None = No
         "base_digest": lm.base_digest,
         "vector_digest": vector_digest(lm.manifest, vector),
         "prompt": template.name,
+        "scoring_dtype": config.model.scoring_dtype,
         "n_options": config.questions.n_options,
         "lora": config.lora.model_dump(mode="json"),
         "settings": _deciding(settings),
@@ -307,6 +309,7 @@ def save_released(result: WarmupResult, folder: Path, name: str) -> Path:
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as work:
         written = Path(work) / "adapter.safetensors"
         save_file({key: np.ascontiguousarray(value.astype(kind)) for key, value in tensors.items()}, written)
+        written.chmod(0o644)  # safetensors writes for its owner alone; a cache or a release may be shared
         report = {**result.report, "sha256": _sha256(written), "size_bytes": written.stat().st_size}
         description = Path(work) / "adapter.json"
         description.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8")
