@@ -145,7 +145,7 @@ def _convert(source: Path, target: Path, size_bytes: int) -> None:
     try:
         folder = str(source.parent)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=source.name)
-        with redirect_stderr(io.StringIO()):  # transformers draws this progress bar unconditionally
+        with redirect_stderr(io.StringIO()):  # transformers draws its progress bars unconditionally
             loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=source.name, dtype=torch.float32)
         config = loaded.config
         # A model that says it is quantised refuses save_pretrained; its weights are plain float32 by now.
@@ -156,7 +156,8 @@ def _convert(source: Path, target: Path, size_bytes: int) -> None:
         plain.generation_config = GenerationConfig(
             bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
         )
-        plain.save_pretrained(work)
+        with redirect_stderr(io.StringIO()):
+            plain.save_pretrained(work)
         tokenizer.padding_side = "left"
         tokenizer.save_pretrained(work)
         if not target.is_dir():  # another process may have been first
