@@ -1,17 +1,19 @@
 """Run, site and model configuration: frozen pydantic models read from TOML; unknown keys are refused.
 
-Every default is a setting that was run (docs/results.md). Privacy numbers that must be chosen have no default.
+Every default is a setting that was run (docs/results.md), unless the line says that it is not tuned. Privacy numbers that must be chosen have no default.
 Mechanism settings (what is computed) and speed settings (`Speed`) are separate types, so nobody tunes one by the other.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, cast
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NAME = r"[A-Za-z0-9._-]{1,64}"  # of a run and of a site: safe in a path, in a log and on a page
 
 
 class Frozen(BaseModel):
@@ -31,9 +34,10 @@ class ModelConfig(Frozen):
     """The base model."""
 
     id: str = "smollm2-135m"  # a packaged name, a local folder, or a Hugging Face id in the local cache
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    # Of the frozen weights and the products with them, in training and scoring; adapters are float32 in any case.
+    # "auto": bfloat16 where the processor multiplies it natively, which is two to three times as fast, else float32.
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    scoring_dtype: Literal["float32", "bfloat16"] = "float32"  # of answers without gradients; bfloat16: autocast
     prompt: str = "en"  # name in configs/prompts or a path to a TOML
 
 
@@ -51,6 +55,12 @@ class QuestionsConfig(Frozen):
 
     n_options: Annotated[int, Field(ge=2, le=10)] = 5
     features_per_record: Annotated[int, Field(ge=1)] = 16
+    # Which of the known features a record shows when there are more: a random choice, or those that say most about the
+    # target by the published schema. Shortcuts are hidden before.
+    context: Literal["random", "informative"] = "random"
+    # A feature is asked only if some feature that may be shown with it says at least so much about it (nats, by the
+    # schema); 0 asks all. Outcomes are always asked.
+    min_information_nats: Annotated[float, Field(ge=0)] = 0.0
     outcome_share: Fraction = 0.25  # share of questions that ask an outcome; the rest mask a feature
     mi_threshold: Annotated[float, Field(gt=0)] = 0.5
     mi_normalisation: Literal["target-entropy", "none"] = "target-entropy"
@@ -69,7 +79,6 @@ class WarmupConfig(Frozen):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     features_per_record: Annotated[int, Field(ge=1)] = 6
     reasoning_tokens: Annotated[int, Field(ge=0)] = 0
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of its training's matrix products; bfloat16: autocast
     hinted_share: Fraction = 0.4  # share of questions whose record only hints at the answer
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
@@ -99,14 +108,20 @@ class GrpoConfig(Frozen):
 
 
 class FederationConfig(Frozen):
-    """Rounds and how their mean update is applied."""
+    """Rounds and how their mean update is applied.
+
+    FedAdam's constants are not tuned yet: β₁ and β₂ as in Reddi et al. (2021), η and τ by the size of local updates,
+    which is a few local steps of `grpo.learning_rate`: 1e-4 to 1e-3 a value.
+    """
 
     rounds: Annotated[int, Field(ge=1)] = 2
     server_optimizer: Literal["fedavg", "fedadam"] = "fedavg"
-    server_learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    # η. None: 1 for fedavg, which applies the mean update as it is; 1e-3 for fedadam, whose step a value is about η
+    # whatever the update's size (1 would move every value of the adapter by 1 and destroy it).
+    server_learning_rate: Annotated[float, Field(gt=0)] | None = None
     server_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     server_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    server_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    server_epsilon: Annotated[float, Field(gt=0)] = 1e-4  # τ: values that move by less in a round take smaller steps
     weighting: Literal["uniform", "patients"] = "uniform"
     # With "bonawitz" a site sends masked integers only. "none" is refused by every site that is not simulated.
     secure_aggregation: Literal["none"] = "none"
@@ -115,6 +130,13 @@ class FederationConfig(Frozen):
     patience: Annotated[int, Field(ge=1)] = 5  # rounds without a new best before stopping early
     min_sites: Annotated[int, Field(ge=1)] = 2
     phase_timeout_s: Annotated[float, Field(gt=0)] = 86400.0
+
+    @property
+    def eta(self) -> float:
+        """The server's learning rate, of this optimizer when none is set."""
+        if self.server_learning_rate is not None:
+            return self.server_learning_rate
+        return 1.0 if self.server_optimizer == "fedavg" else 1e-3
 
 
 class EvaluationConfig(Frozen):
@@ -125,7 +147,7 @@ class EvaluationConfig(Frozen):
     samples: Annotated[int, Field(ge=0, le=50)] = (
         4  # questions shown with both models' answers (public registries only)
     )
-    sample_tokens: Annotated[int, Field(ge=0)] = 48
+    sample_tokens: Annotated[int, Field(ge=0)] = 48  # of a sample's text where answers are scored without text
 
 
 class SimulationConfig(Frozen):
@@ -146,7 +168,7 @@ class SimulationConfig(Frozen):
 
 
 class Speed(Frozen):
-    """Settings that change time and memory, never results."""
+    """Settings that change time and memory, and results in their last bits only: sums are added in another order."""
 
     micro_batch: Annotated[int, Field(ge=1)] = 16
     threads: Annotated[int, Field(ge=0)] = 0  # 0: as torch chooses
@@ -158,7 +180,7 @@ class Speed(Frozen):
 class RunConfig(Frozen):
     """Everything that decides a run's result, with its seed."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+    name: Annotated[str, Field(pattern=f"^{NAME}$")]
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     model: ModelConfig = ModelConfig()
     lora: LoraConfig = LoraConfig()
@@ -176,12 +198,21 @@ class RunConfig(Frozen):
             raise ValueError("grpo.expectation = 'exact' needs questions.reasoning_tokens = 0 (answer-only)")
         return self
 
+    @model_validator(mode="after")
+    def trained_weights_are_float32(self) -> Self:
+        if self.lora.strategy == "full" and self.model.dtype != "float32":
+            raise ValueError(
+                "lora.strategy = 'full' trains the base weights, and steps of 1e-5 vanish in bfloat16: "
+                f"expected model.dtype = 'float32', got '{self.model.dtype}'"
+            )
+        return self
+
     def to_json(self) -> str:
         """Canonical JSON (sorted keys, no spaces): what travels and what the digest covers."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
 
     def digest(self) -> str:
-        """SHA-256 hex of the canonical JSON without `speed`, which cannot change a result."""
+        """SHA-256 hex of the canonical JSON without `speed`, which changes last bits at most."""
         kept = {key: value for key, value in self.model_dump(mode="json").items() if key != "speed"}
         return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -213,7 +244,7 @@ class MappingConfig(Frozen):
 class SiteConfig(Frozen):
     """One hospital's `site.toml`. Relative paths are relative to the file."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+    name: Annotated[str, Field(pattern=f"^{NAME}$")]
     table: str
     dictionary: str
     state: str = "state"  # folder for what must survive a restart; mode 0700
@@ -275,12 +306,16 @@ def packaged(folder: str, name: str) -> Path:
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`--set section.key=value` applied to raw TOML data; values are TOML, bare words are strings.
+    """`--set section.key=value` applied to raw TOML data of a run; values are TOML, bare words are strings.
+
+    TOML has no null, so `none` takes an optional key away; a file of that name is written in quotes.
 
     >>> apply_overrides({"grpo": {"group_size": 7}}, ["grpo.group_size=5", "name=trial"])
     {'grpo': {'group_size': 5}, 'name': 'trial'}
+    >>> apply_overrides({"warmup": {"adapter": "smollm2-135m"}}, ["warmup.adapter=none", "grpo.scale_rewards=none"])
+    {'warmup': {}, 'grpo': {'scale_rewards': 'none'}}
     """
-    result: dict[str, Any] = json.loads(json.dumps(data))
+    result = copy.deepcopy(data)
     for item in overrides:
         dotted, separator, text = item.partition("=")
         if not separator or not dotted.strip():
@@ -296,14 +331,29 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
             if not isinstance(child, dict):
                 raise ConfigError(f"--set: '{dotted}': '{parent}' is a value, not a section")
             node = cast(dict[str, Any], child)
-        node[last] = value
+        if value == "none" == text.strip() and _may_be_none([*parents, last]):
+            node.pop(last, None)
+        else:
+            node[last] = value
     return result
+
+
+def _may_be_none(keys: Sequence[str]) -> bool:
+    """Whether a run config's key is optional and None when it is absent."""
+    kind: Any = RunConfig
+    for key in keys:
+        fields: Mapping[str, Any] = getattr(kind, "model_fields", {})
+        if key not in fields:
+            return False
+        kind = fields[key].annotation
+    return NoneType in get_args(kind)
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """A run config from a TOML file, or by name from those shipped (`demo`, `phi4`)."""
-    if not path.exists() and path.suffix == "" and packaged("", f"{path.name}.toml").exists():
-        path = packaged("", f"{path.name}.toml")
+    # Only a bare name: a wrong path that ends in "demo" must not run the demo instead.
+    if not path.exists() and len(path.parts) == 1 and path.suffix == "" and packaged("", f"{path}.toml").exists():
+        path = packaged("", f"{path}.toml")
     return parse(RunConfig, apply_overrides(read_toml(path), overrides), str(path))
 
 

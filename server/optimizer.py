@@ -44,7 +44,7 @@ class ServerOptimizer:
         """
         if x.shape != delta.shape:
             raise VerificationError(f"server step: expected a mean update of {x.shape}, got {delta.shape}")
-        config, eta = self.config, self.config.server_learning_rate
+        config, eta = self.config, self.config.eta
         after = self
         if config.server_optimizer == "fedavg":
             moved = x.astype(np.float64) + eta * delta

@@ -34,6 +34,7 @@ def test_every_shipped_config_loads(path: Path) -> None:
         ("name = 'x'\n[grpo]\nexpectation = 'exact'\n[questions]\nreasoning_tokens = 9\n", "answer-only"),
         ("name = 'x'\n[simulation]\npartition = 'dirichlet'\n", "needs partition_feature"),
         ("name = \n", r"not valid TOML: .*line 1"),
+        ("name = 2024-05-01\n", r"'name': .*string, got datetime\.date"),
     ],
 )
 def test_a_bad_config_gives_one_line_that_names_the_key(tmp_path: Path, text: str, message: str) -> None:
@@ -68,3 +69,33 @@ def test_the_digest_covers_results_but_not_speed(tmp_path: Path) -> None:
     plain = config.load_run(path).digest()
     assert config.load_run(path, ["speed.micro_batch=1"]).digest() == plain
     assert config.load_run(path, ["seed=1"]).digest() != plain
+
+
+def test_a_name_with_a_folder_before_it_is_not_a_shipped_config(tmp_path: Path) -> None:
+    assert config.load_run(Path("demo")).name == "demo"
+    with pytest.raises(ConfigError, match="no such file"):
+        config.load_run(tmp_path / "demo")
+
+
+def test_none_takes_away_an_optional_key_and_only_such(tmp_path: Path) -> None:
+    path = write(tmp_path, "name = 'x'\n[warmup]\nadapter = 'smollm2-135m'\n")
+    unset = ["warmup.adapter=none", "simulation.dictionary=none", "federation.server_learning_rate=none"]
+    loaded = config.load_run(path, unset)
+    assert loaded.warmup.adapter is loaded.simulation.dictionary is loaded.federation.server_learning_rate is None
+    assert config.load_run(path, ["questions.mi_normalisation=none"]).questions.mi_normalisation == "none"
+    assert config.load_run(path, ["warmup.adapter='none'"]).warmup.adapter == "none"
+    with pytest.raises(ConfigError, match=r"'seed': .*got 'none'"):
+        config.load_run(path, ["seed=none"])
+
+
+def test_the_server_learning_rate_belongs_to_its_optimizer(tmp_path: Path) -> None:
+    path = write(tmp_path, "name = 'x'\n")
+    assert config.load_run(path).federation.eta == 1.0
+    assert config.load_run(path, ["federation.server_optimizer=fedadam"]).federation.eta == 1e-3
+    assert config.load_run(path, ["federation.server_learning_rate=0.5"]).federation.eta == 0.5
+
+
+def test_examples_in_the_docstrings_hold() -> None:
+    import doctest
+
+    assert doctest.testmod(config).failed == 0

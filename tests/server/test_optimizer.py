@@ -65,3 +65,16 @@ def test_a_step_to_something_not_finite_is_refused():
 def test_a_mean_update_of_another_length_is_refused():
     with pytest.raises(VerificationError, match="expected a mean update"):
         ServerOptimizer(FederationConfig()).step(np.zeros(2, np.float32), np.zeros(3))
+
+
+def test_the_default_fedadam_step_is_of_the_order_of_the_mean_update():
+    config = FederationConfig(server_optimizer="fedadam")
+    delta = np.array([1e-3, -3e-4, 1e-4, -1e-6, 0.0])  # what a few local steps of 2e-4 leave
+    x, optimizer = ServerOptimizer(config).step(np.zeros(5, np.float32), delta)
+    assert np.abs(x).max() <= config.eta
+    assert np.array_equal(np.sign(x), np.sign(delta))
+    assert 0.1 <= np.linalg.norm(x) / np.linalg.norm(delta) <= 3
+    for _ in range(20):  # nor does it grow when the sites agree round after round
+        before = x
+        x, optimizer = optimizer.step(x, delta)
+        assert np.linalg.norm(x - before) <= 3 * np.linalg.norm(delta)
