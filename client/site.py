@@ -18,7 +18,7 @@ import numpy as np
 
 from ..common.counts import count
 from ..common.errors import RefusedError, RegistryError, VerificationError
-from ..common.files import private_folder, read_record, write_atomic, write_record
+from ..common.files import private_folder, read_record, sweep, write_atomic, write_record
 from ..common.global_model import GlobalModel
 from ..common.messages import (
     CollectInstruction,
@@ -54,7 +54,7 @@ EVALUATED = ("base", "warmup", "final")
 
 
 def warm_up(site: Site, instruction: WarmupInstruction) -> WarmupReply:
-    """Takes the round-0 adapter: checks base model, dictionary and digest, and stores it."""
+    """Takes the round-0 adapter: checks base model, dictionary, prompt and digest, and stores it."""
     from ..common.lm.packaged import base_digest, resolve
 
     run = SiteRun(site, instruction)
@@ -68,10 +68,15 @@ def warm_up(site: Site, instruction: WarmupInstruction) -> WarmupReply:
         raise VerificationError("base model: this site's files are not those that the run names")
     model = GlobalModel(manifest, instruction.vector)
     model.verify(instruction.model_digest)
+    if run.template.digest() != instruction.prompt_digest:
+        raise VerificationError(
+            f"prompt '{run.config.model.prompt}': the run's is {instruction.prompt_digest[:12]}…, "
+            f"here {run.template.digest()[:12]}…"
+        )
     patients = len(site.patients_of("train"))
     if patients == 0:
         raise RegistryError("no training patient")
-    private_folder(run.folder)
+    sweep(private_folder(run.folder))
     write_record(run.folder / "round-0.record", {"manifest": instruction.manifest}, {"vector": instruction.vector})
     return WarmupReply(
         **run.head, model_digest=model.digest, dictionary_digest=site.dictionary.digest(), patients=patients
@@ -100,7 +105,9 @@ def take_schema(site: Site, instruction: SchemaInstruction) -> SchemaReply:
 
 
 def train(site: Site, instruction: TrainInstruction) -> TrainReply:
-    """One local GRPO round. An identical repeat answers from disk; another one for the same round is refused."""
+    """One local GRPO round. An identical repeat answers from disk; another one for the same or an older round is
+    refused.
+    """
     run = SiteRun(site, instruction)
     wanted = _input_digest(instruction, instruction.schema_digest)
     stored = update.load(run.folder, instruction.round_index)
@@ -117,6 +124,7 @@ def _train(run: SiteRun, instruction: TrainInstruction, input_digest: str) -> up
     schema, name = run.schema(instruction.schema_digest), run.site.config.name
     targets = policy.allowed_targets(run.site.config.policy, schema.names)
     source = TrainingPatients(run.builder(schema), run.site.patients_of("train"), targets)
+    update.claim(run.folder, instruction.round_index, input_digest)
     from .grpo import train_local_round  # trl takes seconds: not before everything was checked
 
     seed = derive_seed(run.config.seed, "train", name, instruction.round_index)

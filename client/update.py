@@ -2,11 +2,12 @@
 
 Run by the site. Enters: the trainable vectors before and after local training. Leaves (in the reply to `collect`, and
 only through policy and ledger): the difference. Private: the difference says things about patients; the file that holds
-it is in the state folder, mode 0700, and the next round removes it.
+it is in the state folder, mode 0700, and is removed when the round after the next one is stored.
 
 Training and sending are two phases, so that a dead connection or a coordinator that resumes costs no second training,
 and so that a repeated instruction gets the identical update: two different answers for one round would let a
-coordinator subtract them.
+coordinator subtract them. What each round was trained from is remembered for the whole run (`claim`), also when its
+update is gone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.errors import ProtocolError, VerificationError
+from ..common.errors import ProtocolError, RefusedError, VerificationError
 from ..common.files import read_record, write_record
 
 Float32 = NDArray[np.float32]
@@ -57,6 +58,24 @@ def difference(new: Float32, old: Float32) -> Float32:
     if not np.isfinite(delta).all():
         raise VerificationError("update: holds NaN or infinity; local training diverged, nothing is sent")
     return delta
+
+
+def claim(run_folder: Path, round_index: int, input_digest: str) -> None:
+    """Notes what a round is trained from, before it is; rounds only go forward, and each has one input.
+
+    Raises:
+        RefusedError: the round was trained from something else, or a later one was trained already.
+        VerificationError: the note is damaged.
+    """
+    path = run_folder / "inputs.record"
+    known: dict[str, str] = dict(read_record(path).values) if path.exists() else {}
+    newest = max(map(int, known), default=0)
+    if known.get(str(round_index), input_digest) != input_digest:
+        raise RefusedError(f"round {round_index}: already trained from another model, config or schema")
+    if round_index < newest:
+        raise RefusedError(f"round {round_index}: round {newest} was trained already, and rounds only go forward")
+    if str(round_index) not in known:
+        write_record(path, {**known, str(round_index): input_digest})
 
 
 def path_of(run_folder: Path, round_index: int) -> Path:

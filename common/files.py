@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import struct
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import VerificationError
+from .errors import RunFolderError, VerificationError
 
 _MAGIC = b"WREC1\n"
 _LENGTH = struct.Struct("<I")
@@ -31,6 +32,30 @@ def private_folder(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     path.chmod(0o700)
     return path
+
+
+def check_writable(folder: Path) -> None:
+    """Refuses a folder that cannot be made or written, before hours of work; leaves nothing behind.
+
+    Raises:
+        RunFolderError: it lies below a file, or where nothing may be written.
+    """
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise RunFolderError(f"{folder}: expected a folder, got a file at {there}")
+    try:
+        # Really making something: permission bits say nothing about root, read-only disks and quotas.
+        tempfile.TemporaryDirectory(prefix=".wardround-", dir=there).cleanup()
+    except OSError as error:
+        raise RunFolderError(f"{folder}: cannot be written: {there}: {error.strerror}; choose another folder") from None
+
+
+def sweep(folder: Path) -> None:
+    """Removes temporary files that a killed `write_atomic` left; only while nobody else writes in the folder."""
+    for left in folder.glob(".*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def sync_folder(path: Path) -> None:

@@ -86,12 +86,16 @@ class Failure(Reply):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WarmupInstruction(Instruction):
-    """Round-0 adapter and config to every site. `vector` is the full adapter (LoRA: A and B), `manifest` its JSON."""
+    """Round-0 adapter and config to every site. `vector` is the full adapter (LoRA: A and B), `manifest` its JSON.
+
+    The config names the prompt template; `prompt_digest` binds what it says.
+    """
 
     KIND: ClassVar[int] = 1
     ROUTE: ClassVar[str] = "query.warmup"
     manifest: str
     dictionary_digest: str
+    prompt_digest: str
     vector: Float32
 
 

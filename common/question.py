@@ -7,6 +7,7 @@ messages for the local model. A `Question` holds a patient's record, so it never
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -105,6 +106,10 @@ class PromptTemplate(Frozen):
         if not self.forced.endswith("\\boxed{"):
             raise ValueError(f"forced: expected to end in '\\boxed{{', got {self.forced!r}")
         return self
+
+    def digest(self) -> str:
+        """SHA-256 hex of the content: a run names its prompt, and a file of that name may have been edited."""
+        return hashlib.sha256(b"wardround prompt 1\0" + self.model_dump_json().encode()).hexdigest()
 
 
 def load_prompt(name_or_path: str | Path) -> PromptTemplate:

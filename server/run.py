@@ -32,6 +32,7 @@ from ..common.messages import (
     WarmupInstruction,
     WarmupReply,
 )
+from ..common.question import load_prompt
 from ..common.schema import Schema, derive_schema
 from ..common.statistics import Tally
 from .evaluate import MODELS, evaluate, write_evaluation
@@ -79,6 +80,7 @@ class Coordinator:
             **consortium.head(0, model.digest),
             manifest=model.manifest.to_json(),
             dictionary_digest=self.dictionary.digest(),
+            prompt_digest=load_prompt(self.config.model.prompt).digest(),
             vector=model.full,
         )
         result: PhaseResult[WarmupReply] = PhaseResult({}, {}, Traffic())

@@ -38,6 +38,7 @@ from wardround.common.messages import (
     join,
     split,
 )
+from wardround.common.question import load_prompt
 from wardround.common.schema import Schema, derive_schema
 from wardround.simulations.federation import InProcessGrid, write_sites
 from wardround.simulations.synthetic_registry import make
@@ -113,6 +114,7 @@ def warm(folder: Path, run: RunConfig, model: GlobalModel, **changes: Any) -> Wa
         **head(run, 0, model.digest),
         "manifest": model.manifest.to_json(),
         "dictionary_digest": dictionary_of(folder).digest(),
+        "prompt_digest": load_prompt(run.model.prompt).digest(),
         "vector": model.full,
         **changes,
     }
@@ -245,18 +247,20 @@ def test_a_config_that_is_not_what_it_says_is_refused(folder: Path, run: RunConf
     assert isinstance(reply, Failure) and reply.code == code
 
 
-def test_another_model_or_dictionary_than_promised_is_refused(folder: Path, run: RunConfig, round_zero: GlobalModel):
+def test_another_model_dictionary_or_prompt_than_promised_is_refused(folder: Path, run: RunConfig, round_zero: GlobalModel):
     other = round_zero.full.copy()
     other[0] += 1  # a value of the frozen A
     foreign = Manifest(round_zero.manifest.specs, "another base", "ffa")
     for changes in (
         {"vector": other},
         {"dictionary_digest": "0" * 64},
+        {"prompt_digest": load_prompt("ko").digest()},
         {"manifest": foreign.to_json(), "model_digest": GlobalModel(foreign, round_zero.full).digest},
     ):
         reply = ask(folder, warm(folder, run, round_zero, **changes))
         assert isinstance(reply, Failure) and reply.code == "verification"
     assert not list((folder / "state").rglob("round-0.record"))
+    assert "prompt 'en_short': the run's is" in log(folder)
 
 
 def test_training_needs_the_phases_before_it(folder: Path, run: RunConfig, round_zero: GlobalModel):
@@ -314,6 +318,21 @@ def test_one_round_is_never_trained_from_two_models(folder: Path, run: RunConfig
     moved = round_zero.moved(round_zero.trainable + np.float32(1))
     reply = ask(folder, TrainInstruction(**head(run, 1, moved.digest), schema_digest="s", vector=moved.trainable))
     assert isinstance(reply, Failure) and reply.code == "refused"
+
+
+def test_a_round_whose_update_is_gone_is_not_trained_again_from_another_model(
+    folder: Path, run: RunConfig, round_zero: GlobalModel
+):
+    schema = set_up(folder, run, round_zero)
+    update.claim(folder / "state" / "runs" / RUN, 1, "what round 1 was trained from")
+    for index in (1, 2):
+        update.claim(folder / "state" / "runs" / RUN, 2, "what round 2 was trained from")
+        instruction = TrainInstruction(
+            **head(run, index, round_zero.digest), schema_digest=schema.digest(), vector=round_zero.trainable
+        )
+        reply = ask(folder, instruction)
+        assert isinstance(reply, Failure) and reply.code == "refused"
+    assert "round 1: already trained from another model" in log(folder)
 
 
 def test_an_update_is_collected_for_its_own_model_and_round_only(folder: Path, run: RunConfig, round_zero: GlobalModel):

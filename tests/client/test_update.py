@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from wardround.client import update
-from wardround.common.errors import ProtocolError, VerificationError
+from wardround.common.errors import ProtocolError, RefusedError, VerificationError
 
 
 def stored(round_index: int = 1, model: str = "m1") -> update.StoredUpdate:
@@ -63,3 +63,31 @@ def test_a_damaged_file_is_refused(tmp_path: Path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(VerificationError, match="damaged"):
         update.load(tmp_path, 1)
+
+
+def test_a_round_is_trained_from_one_input_also_when_its_update_is_gone(tmp_path: Path):
+    for index in (1, 2, 3):
+        update.claim(tmp_path, index, f"in-{index}")
+        update.store(tmp_path, index, stored(index))
+    assert update.load(tmp_path, 1) is None
+    update.claim(tmp_path, 3, "in-3")  # the same again, after its update was lost
+    with pytest.raises(RefusedError, match="round 3: already trained from another"):
+        update.claim(tmp_path, 3, "other")
+    with pytest.raises(RefusedError, match="round 1: already trained from another"):
+        update.claim(tmp_path, 1, "other")
+
+
+def test_rounds_only_go_forward(tmp_path: Path):
+    update.claim(tmp_path, 5, "in-5")
+    for index in (1, 4):  # missed while this site was away, or asked again by a coordinator that went back
+        with pytest.raises(RefusedError, match="round 5 was trained already"):
+            update.claim(tmp_path, index, "in")
+    update.claim(tmp_path, 7, "in-7")
+
+
+def test_a_damaged_note_stops_training(tmp_path: Path):
+    update.claim(tmp_path, 1, "in")
+    path = tmp_path / "inputs.record"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(VerificationError, match="damaged"):
+        update.claim(tmp_path, 1, "in")

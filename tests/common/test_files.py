@@ -1,11 +1,12 @@
 """Records: what is read is what was written, or it is known to be damaged."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from wardround.common.errors import VerificationError
-from wardround.common.files import private_folder, read_record, write_atomic, write_record
+from wardround.common.errors import RunFolderError, VerificationError
+from wardround.common.files import check_writable, private_folder, read_record, sweep, write_atomic, write_record
 
 VECTORS = {
     "z": np.array([7, 8, 9]),
@@ -56,3 +57,26 @@ def test_vectors_of_other_kinds_are_refused(tmp_path: Path, vector: np.ndarray):
     with pytest.raises(ValueError, match="record vector 'v'"):
         write_record(tmp_path / "r", {}, {"v": vector})
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_kill_left_is_swept_away_and_nothing_else(tmp_path: Path):
+    (tmp_path / f".r.{os.getpid()}.tmp").write_bytes(b"half")
+    (tmp_path / "r").write_bytes(b"whole")
+    (tmp_path / ".hidden").write_bytes(b"someone's")
+    sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "r"]
+
+
+@pytest.mark.parametrize("place", ["file", "file/run", "file/a/b"])
+def test_a_folder_below_a_file_is_refused_with_the_file(tmp_path: Path, place: str):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunFolderError, match=r"expected a folder, got a file at .*/file$"):
+        check_writable(tmp_path / place)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, where nothing can be made, not even by root")
+def test_a_folder_that_cannot_be_written_is_refused_and_one_that_can_is_left_as_it_is(tmp_path: Path):
+    with pytest.raises(RunFolderError, match=r"/proc/run: cannot be written: /proc: "):
+        check_writable(Path("/proc/run"))
+    check_writable(tmp_path / "new" / "run")
+    assert list(tmp_path.iterdir()) == []

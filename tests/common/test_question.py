@@ -117,3 +117,10 @@ def test_a_wrong_template_is_refused_with_its_key(change: dict, expected: str, t
 def test_an_unknown_template_names_the_shipped_ones():
     with pytest.raises(ConfigError, match="shipped are en, en_short, ko"):
         load_prompt("klingon")
+
+
+def test_the_digest_of_a_template_covers_every_word() -> None:
+    template = load_prompt("en")
+    assert template.digest() == load_prompt("en").digest() != load_prompt("en_short").digest()
+    for key in PromptTemplate.model_fields:
+        assert template.model_copy(update={key: getattr(template, key) + " "}).digest() != template.digest()
