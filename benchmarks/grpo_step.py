@@ -44,8 +44,9 @@ TARGET = 3.0
 def questions(template: PromptTemplate) -> tuple[list[Question], str]:
     """Four questions and where they come from."""
     from wardround.client.questions import QuestionBuilder
+    from wardround.common.counts import count
     from wardround.common.errors import WardroundError
-    from wardround.common.schema import count, derive_schema
+    from wardround.common.schema import derive_schema
     from wardround.simulations import registries
 
     try:

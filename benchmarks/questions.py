@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from wardround.client.questions import QuestionBuilder
 from wardround.client.registry import Registry
 from wardround.common.config import QuestionsConfig
-from wardround.common.counts import grid
+from wardround.common.counts import count, grid
 from wardround.common.dictionary import Dictionary, Feature
 from wardround.common.question import load_prompt
-from wardround.common.schema import count, derive_schema
+from wardround.common.schema import derive_schema
 
 FEATURES = 50
 PATIENTS = 100_000

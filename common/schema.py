@@ -22,12 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .config import Frozen, QuestionsConfig, parse
-from .counts import Bins, Counts, count
+from .counts import Bins, Counts
 from .dictionary import Dictionary, Feature
 from .errors import RegistryError, VerificationError
 from .mixture import Mixture, fit_mixture
-
-__all__ = ["Counts", "FeatureSchema", "Schema", "count", "derive_schema", "mutual_information", "share_given_away"]
 
 # A component narrower than this share of the whole spread is a heap of one favourite value (37.0 °C), and nobody could
 # tell options two of its sds apart.
@@ -42,7 +40,6 @@ class FeatureSchema(Frozen):
     """
 
     name: str
-    known: int  # rows of all sites in which it is known
     weights: tuple[float, ...] = ()
     means: tuple[float, ...] = ()
     sds: tuple[float, ...] = ()
@@ -160,12 +157,8 @@ def derive_schema(counts: Counts, dictionary: Dictionary, settings: QuestionsCon
         elif feature.kind == "number":
             targets.append(_number(feature, bins, histogram, settings.mixture_components))
         else:
-            known = int(histogram.sum())
-            targets.append(
-                FeatureSchema(
-                    name=feature.name, known=known, frequencies=tuple(float(level) / known for level in histogram)
-                )
-            )
+            frequencies = tuple((histogram / histogram.sum()).tolist())
+            targets.append(FeatureSchema(name=feature.name, frequencies=frequencies))
     if not any(dictionary.feature(target.name).role == "feature" for target in targets):
         first = next(iter(unusable.items()), ("", "the dictionary has none"))
         raise RegistryError(f"no usable feature: none of {len(unusable)} can be asked; '{first[0]}': {first[1]}")
@@ -216,7 +209,6 @@ def _number(feature: Feature, bins: Bins, histogram: NDArray[np.int64], componen
     mixture = fit_mixture(centers, histogram, components, floor, widths)
     return FeatureSchema(
         name=feature.name,
-        known=int(histogram.sum()),
         weights=tuple(mixture.weights.tolist()),
         means=tuple(mixture.means.tolist()),
         sds=tuple(mixture.sds.tolist()),

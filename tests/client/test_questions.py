@@ -1,21 +1,17 @@
-"""Questions from a registry (client/questions.py, client/options.py)."""
+"""Questions from a registry (client/questions.py)."""
 
 import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.stats import chisquare
-from wardround.client.options import draw_options
 from wardround.client.questions import QuestionBuilder
 from wardround.client.registry import Registry, read_registry
 from wardround.common.config import QuestionsConfig
-from wardround.common.counts import grid
-from wardround.common.dictionary import Feature
+from wardround.common.counts import count
 from wardround.common.errors import ConfigError, VerificationError
 from wardround.common.question import PromptTemplate, Question, load_prompt
-from wardround.common.schema import FeatureSchema, Schema, count, derive_schema
+from wardround.common.schema import Schema, derive_schema
 from wardround.simulations.synthetic_registry import make
 
 ROWS = 3000
@@ -224,63 +220,3 @@ def test_the_short_template_is_short(registry: Registry, schema: Schema):
         np.arange(200), np.random.default_rng(0)
     )
     assert np.mean([len(question.text) for question in questions]) < 600
-
-
-def test_levels_are_drawn_by_frequency_and_never_twice():
-    feature = Feature(name="x", label="x", section="S", levels={str(i): str(i) for i in range(6)})
-    schema = FeatureSchema(name="x", known=100, frequencies=(0.4, 0.3, 0.2, 0.08, 0.02, 0.0))
-    drawn = draw_options(np.full(20_000, 3), feature, schema, 3, 2.0, np.random.default_rng(0))
-    assert np.all(np.sort(drawn.values, axis=1)[:, :-1] != np.sort(drawn.values, axis=1)[:, 1:])
-    often = np.bincount(drawn.values.ravel(), minlength=6) / 20_000
-    assert often[3] == 1 and often[5] == 0
-    assert often[0] > often[1] > often[2] > often[4] > 0
-    weights = np.array([0.4, 0.3, 0.2, 0.02]) / 0.92  # first draw, then second draw without replacement
-    expected = weights + [
-        sum(weights[j] * w / (1 - weights[j]) for j in range(4) if j != i) for i, w in enumerate(weights)
-    ]
-    np.testing.assert_allclose(often[[0, 1, 2, 4]], expected, atol=0.02)
-    best = np.take_along_axis(np.array(schema.frequencies)[drawn.values], drawn.majority[:, None], 1)[:, 0]
-    assert np.all(best == np.array(schema.frequencies)[drawn.values].max(1))
-
-
-def test_ladder_steps_are_two_sds_of_a_component_drawn_by_its_density():
-    feature = Feature(name="x", label="x", kind="number", section="S", low=-1000, high=1000, decimals=1)
-    schema = FeatureSchema(name="x", known=100, weights=(0.5, 0.5), means=(0.0, 0.0), sds=(1.0, 4.0))
-    drawn = draw_options(np.zeros(20_000), feature, schema, 5, 2.0, np.random.default_rng(0))
-    steps = np.diff(np.sort(drawn.values, axis=1), axis=1)
-    assert np.all(steps == steps[:, :1])
-    assert set(steps[:, 0].tolist()) == {20, 80}  # in tenths
-    assert np.mean(steps[:, 0] == 20) == pytest.approx(0.8, abs=0.01)  # densities at 0 are 4 : 1
-    ranks = np.argmax(np.sort(drawn.values, axis=1) == 0, axis=1)
-    assert chisquare(np.bincount(ranks, minlength=5)).pvalue > 1e-4
-    far = draw_options(np.full(2000, 12.0), feature, schema, 5, 2.0, np.random.default_rng(0))
-    assert np.all(np.diff(np.sort(far.values, axis=1), axis=1) == 80)  # twelve sds off the narrow one
-
-
-@given(
-    st.integers(0, 10**6),
-    st.integers(0, 2),
-    st.integers(1, 400),
-    st.floats(0.001, 300),
-    st.integers(2, 10),
-    st.sampled_from(["linear", "log"]),
-)
-@settings(max_examples=150, deadline=None)
-def test_a_ladder_holds_the_truth_once_and_stays_in_range(seed, decimals, width, sd, n_options, scale):
-    rng = np.random.default_rng(seed)
-    low = float(rng.integers(1, 50))
-    entry = {"name": "x", "label": "x", "kind": "number", "section": "S", "low": low, "high": low + width}
-    feature = Feature.model_validate({**entry, "decimals": decimals, "scale": scale})
-    points = grid(feature)
-    truth = points.value(rng.integers(points.first, points.last + 1, size=64))
-    truth[:2] = feature.bounds
-    mean, spread = (np.log(low + width / 2), sd / 100) if scale == "log" else (low + width / 2, sd)
-    schema = FeatureSchema(name="x", known=9, weights=(1.0,), means=(float(mean),), sds=(spread,))
-    drawn = draw_options(truth, feature, schema, n_options, 2.0, rng)
-    assert drawn.values.shape == (64, min(n_options, points.size))
-    assert np.all(np.diff(np.sort(drawn.values, axis=1), axis=1) > 0)
-    assert drawn.values.min() >= points.first and drawn.values.max() <= points.last
-    np.testing.assert_array_equal(drawn.values[np.arange(64), drawn.answer], points.index(truth))
-    if scale == "linear":
-        steps = np.diff(np.sort(drawn.values, axis=1), axis=1)
-        assert np.all(steps == steps[:, :1])  # even: no gap tells where the truth is

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from wardround.client.registry import read_registry
 from wardround.common.config import QuestionsConfig
-from wardround.common.schema import Schema, count, derive_schema
+from wardround.common.counts import count
+from wardround.common.schema import Schema, derive_schema
 from wardround.simulations.synthetic_registry import make
 
 
