@@ -165,6 +165,23 @@ def test_a_learned_attack_on_the_options_does_no_better_than_the_schema_itself(
     assert trees.score(seen[half:], rank[half:]) < np.mean(densest == rank[half:]) + 0.03
 
 
+@pytest.mark.parametrize("scale", ["linear", "log"])
+@pytest.mark.parametrize("sd", [0.4, 2.0, 30.0])
+def test_every_option_could_have_been_the_truth_of_the_same_options(scale: str, sd: float):
+    """Every set of options of every value of a short range, also where it ends: whichever is true, the set occurs."""
+    feature = number(1, 14, 0, scale)
+    schema = FeatureSchema(name="x", weights=(1.0,), means=(2.0,), sds=(sd / 5 if scale == "log" else sd,))
+    seen: dict[int, dict[tuple[int, ...], int]] = {}
+    for truth in range(1, 15):
+        drawn = draw_options(np.full(20_000, truth), feature, schema, 3, 2.0, np.random.default_rng(truth))
+        sets, counts = np.unique(np.sort(drawn.values, axis=1), axis=0, return_counts=True)
+        seen[truth] = dict(zip(map(tuple, sets.tolist()), counts.tolist(), strict=True))
+    often = {options for counts in seen.values() for options, times in counts.items() if times > 200}
+    assert len(often) >= 12
+    for options in often:
+        assert all(options in seen[truth] for truth in options), options
+
+
 @given(
     st.integers(0, 10**6),
     st.integers(0, 2),
