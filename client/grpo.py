@@ -14,8 +14,8 @@ and why:
     _get_per_token_logps_and_entropies    one pass over the prompt for the whole group (common/lm/prefix.py)
 
 Departures from trl: the normaliser is the expected number of patients (client/grpo_loss.py); forced letters are scored
-under the softmax over the question's options; groups whose advantages are all zero are not run backward (their gradient
-is zero). One update per draw, so the policy ratio is 1 and clipping never acts.
+under the softmax over the question's options; with reasoning, groups whose advantages are all zero are not run backward
+(their gradient is zero). One update per draw, so the policy ratio is 1 and clipping never acts.
 
 The reference model of beta > 0 is the round's starting adapter. trl does the same with a copy of the adapter inside the
 model; here the starting values are swapped in for the time of a forward pass, so that the adapter's tensors stay those
@@ -50,6 +50,8 @@ from .draws import Asked, Draws, QuestionSource
 from .grpo_loss import StepScale, exact_loss, parts_by_tokens, rows_of
 from .reward import LocalResult, RoundCounts, reward, trl_reward
 
+_ROLLOUT_SHARE = 16  # tokens decoded at a time, over those of a backward pass: no activations are kept
+
 __all__ = ["Engine", "LocalResult", "QuestionSource", "train_local_round"]
 
 
@@ -64,7 +66,8 @@ def train_local_round(
 ) -> LocalResult:
     """Trains from the vector that `lm` holds; afterwards `lm` holds the result.
 
-    The same arguments give the same bits on one machine: draws, questions and samples come from `seed` alone.
+    The same arguments give the same bits on one machine's CPU: draws, questions and samples come from `seed` alone. On
+    a GPU some of torch's backward passes add up in an order of their own.
 
     Args:
         lm: model with the round's starting adapter.
@@ -126,7 +129,7 @@ class Engine(GRPOTrainer):
         self.answering = Answering(lm, template)
         self.draws = Draws(source, grpo.patients_per_step, grpo.local_steps, derive_rng(seed, "draws"))
         self.sampler = torch.Generator().manual_seed(derive_seed(seed, "sampling"))
-        self.tokens_per_backward = config.speed.tokens_per_backward or (512 if lm.device.type == "cpu" else 4096)
+        self.tokens_per_backward = config.speed.tokens_per_backward or (1024 if lm.device.type == "cpu" else 16384)
         self.on_step = on_step
         self.never_generated: Sequence[int] = ()  # benchmarks suppress the end token
         self.counts = RoundCounts(grpo.group_size)
@@ -234,7 +237,7 @@ class Engine(GRPOTrainer):
         for part in parts_by_tokens([len(one.prompt) for one in asked], self.tokens_per_backward, one_by_one):
             self._uniform, mine = uniform[part], [asked[index] for index in part]
             if self.grpo.expectation == "exact":
-                yield self._exact_loss(mine) * scale.weight(len(part), len(part))
+                yield self._exact_loss(mine) * (len(part) / scale.expected_patients)
             else:
                 batch = self._generate_and_score_completions(mine)
                 # A completion is one token here, so all loss types are the mean over completions.
@@ -272,7 +275,7 @@ class Engine(GRPOTrainer):
             self.beta = beta
         if self.beta:
             with self._starting_values(), torch.no_grad():
-                batch["ref_per_token_logps"] = self._log_probs_now()
+                batch["ref_per_token_logps"] = self._log_probs_in_parts()
         self._count()
         return batch
 
@@ -295,17 +298,7 @@ class Engine(GRPOTrainer):
         """G completions of every question; answer-only ones with their log-probabilities in `_known`."""
         if self.reasoning_tokens:
             self._known = None
-            return rollout(
-                self.lm,
-                self.answering,
-                [one.prompt for one in asked],
-                [one.n_options for one in asked],
-                group_size=self.grpo.group_size,
-                max_tokens=self.reasoning_tokens,
-                temperature=self.grpo.temperature,
-                generator=self.sampler,
-                suppress=self.never_generated,
-            )
+            return self._rollouts(asked)
         log_probs = self._option_log_probs(asked)
         chosen = draw(log_probs.detach(), self._uniform)
         self._known = log_probs.gather(1, chosen).reshape(-1, 1)
@@ -314,6 +307,33 @@ class Engine(GRPOTrainer):
             completions.append(Completion(generated=1, answer=option, forced=True))
             completions[-1].add(letters[option], 0.0)
         return completions
+
+    def _rollouts(self, asked: list[Asked]) -> list[Completion]:
+        """Rollouts of the whole step in parts that fit in memory; a Poisson draw has no upper size.
+
+        One uniform number a token, drawn for the whole step: parts do not change what is sampled.
+        """
+        group, tokens = self.grpo.group_size, self.reasoning_tokens
+        shape = len(asked), group, tokens + 1
+        uniform = torch.rand(shape, generator=self.sampler, dtype=torch.float64)
+        result: list[list[Completion]] = [[] for _ in asked]
+        costs = [len(one.prompt) + group * tokens for one in asked]
+        for part in parts_by_tokens(costs, _ROLLOUT_SHARE * self.tokens_per_backward):
+            mine = [asked[index] for index in part]
+            completions = rollout(
+                self.lm,
+                self.answering,
+                [one.prompt for one in mine],
+                [one.n_options for one in mine],
+                group_size=group,
+                max_tokens=tokens,
+                temperature=self.grpo.temperature,
+                uniform=uniform[part].reshape(len(part) * group, -1),
+                suppress=self.never_generated,
+            )
+            for place, index in enumerate(part):
+                result[index] = completions[place * group : (place + 1) * group]
+        return [completion for completions in result for completion in completions]
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, None]:
         """Log-probabilities of the rows in `_part`. Entropies (only trl's metrics want them) are not computed: zero."""
@@ -328,6 +348,22 @@ class Engine(GRPOTrainer):
             return self._option_log_probs(asked).gather(1, chosen.view(len(asked), -1)).reshape(-1, 1)
         prompts, n_options = [one.prompt for one in asked], [one.n_options for one in asked]
         return completion_log_probs(self.lm, self.answering, prompts, completions, n_options, self.grpo.temperature)
+
+    def _log_probs_in_parts(self) -> Tensor:
+        """`_log_probs_now` for a whole step, in parts that fit in memory; without gradients."""
+        (asked, completions), group = self._part, self.grpo.group_size
+        width = max(len(completion.ids) for completion in completions)
+        result = torch.zeros(len(completions), width, device=self.lm.device)
+        costs = [len(one.prompt) + group * width for one in asked]
+        try:
+            for part in parts_by_tokens(costs, _ROLLOUT_SHARE * self.tokens_per_backward):
+                rows = [row for index in part for row in range(index * group, (index + 1) * group)]
+                self._part = [asked[index] for index in part], [completions[row] for row in rows]
+                log_probs = self._log_probs_now()
+                result[rows, : log_probs.shape[1]] = log_probs
+        finally:
+            self._part = asked, completions
+        return result
 
     def _option_log_probs(self, asked: list[Asked]) -> Tensor:
         """Answer-only: log-probabilities over the options, (n, most options); one forward pass."""
@@ -371,7 +407,7 @@ class Engine(GRPOTrainer):
 def _arguments(config: RunConfig, folder: str, seed: int, device: torch.device) -> GRPOConfig:
     """trl's settings; everything that couples patients beyond the loss type stays off."""
     grpo = config.grpo
-    return GRPOConfig(
+    arguments = GRPOConfig(
         output_dir=folder,
         seed=seed % 2**32,
         use_cpu=device.type == "cpu",
@@ -382,6 +418,10 @@ def _arguments(config: RunConfig, folder: str, seed: int, device: torch.device) 
         # The longest completion: reasoning and a letter.
         max_completion_length=config.questions.reasoning_tokens + 1,
         temperature=grpo.temperature,
+        # trl's defaults, written out: the loss must not change with them.
+        epsilon=0.2,
+        importance_sampling_level="token",
+        use_bias_correction_kl=True,
         loss_type=grpo.loss_type,
         scale_rewards=grpo.scale_rewards,
         beta=0.0,
@@ -399,3 +439,5 @@ def _arguments(config: RunConfig, folder: str, seed: int, device: torch.device) 
         logging_strategy="no",
         disable_tqdm=True,
     )
+    arguments._n_gpu = 1  # the model is on one device; with more in sight transformers would wrap it in DataParallel
+    return arguments

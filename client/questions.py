@@ -45,11 +45,13 @@ class QuestionBuilder:
         self._targets = [dictionary.feature(name) for name in schema.names]
         self._is_outcome = np.array([target.role == "outcome" for target in self._targets], dtype=bool)
         self._visible = np.zeros((len(self._targets), len(self._shown)), dtype=bool)  # may be shown with the target
+        self._information = np.zeros(self._visible.shape)
         self._own = np.full(len(self._targets), -1)  # the target's own place in the record
         for t, target in enumerate(self._targets):
             allowed = {feature.name for feature in dictionary.context_of(target)} - set(schema.hidden[target.name])
             for f, feature in enumerate(self._shown):
                 self._visible[t, f] = feature.name in allowed
+                self._information[t, f] = schema.mi[target.name].get(feature.name, 0.0)
                 if feature.name == target.name:
                     self._own[t] = f
 
@@ -120,13 +122,15 @@ class QuestionBuilder:
         return np.where(open_.any(axis=1), np.argmax(keys, axis=1), -1)
 
     def _draw_shown(self, rows: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Which features each record shows, bool (m, features): a random subset of those known and not hidden."""
+        """Which features each record shows, bool (m, features): some of those known and not hidden."""
         show = self._visible[target]
         for f, feature in enumerate(self._shown):
             show[:, f] &= self._known(feature, rows)
         limit = self.settings.features_per_record
         if limit < len(self._shown):
             keys = np.where(show, rng.random(show.shape), 2.0)
+            if self.settings.context == "informative":  # most information first, ties by chance
+                keys = np.where(show, 1e-9 * keys - self._information[target], np.inf)
             last = np.partition(keys, limit - 1, axis=1)[:, limit - 1]
             show &= keys <= last[:, None]
         return show

@@ -8,7 +8,8 @@ Shortcuts. A feature X is hidden when target Y is asked if I(X;Y) / H(Y) exceeds
 that X gives away, 1 for an exact copy at any prevalence. Raw mutual information in nats, as in C-Reason (Kim et al.
 2025, arXiv 2505.02722), cannot exceed H(Y), so a copy of a rare yes/no feature passes it; `mi_normalisation = "none"`
 reproduces that. Both quantities of the share carry the Miller-Madow correction, without which small registries would
-see shortcuts everywhere; it leaves an exact copy at exactly 1.
+see shortcuts everywhere; it leaves an exact copy at exactly 1. The correction holds while a table has several rows for
+each of its cells, so the bins of numbers are merged first where it has fewer (`dense`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from .mixture import Mixture, fit_mixture
 # A component narrower than this share of the whole spread is a heap of one favourite value (37.0 °C), and nobody could
 # tell options two of its sds apart.
 SD_FLOOR_SHARE = 0.1
+# Below this many rows a cell the Miller-Madow correction is too small: two independent numbers of 80 patients in 24 × 24
+# bins would share half of each other.
+ROWS_PER_CELL = 5
 
 
 class FeatureSchema(Frozen):
@@ -117,6 +121,15 @@ def mutual_information(table: NDArray[np.int64]) -> float:
     return max(0.0, float(joint @ (np.log(joint) - np.log((table.sum(1)[x] / total) * (table.sum(0)[y] / total)))))
 
 
+def information_nats(table: NDArray[np.int64]) -> float:
+    """I(X;Y) of a table in nats, Miller-Madow corrected, at least 0."""
+    total = int(table.sum())
+    if total == 0:
+        return 0.0
+    x, y, xy = (int(np.count_nonzero(counts)) for counts in (table.sum(1), table.sum(0), table))
+    return max(0.0, mutual_information(table) + (x + y - xy - 1) / (2 * total))
+
+
 def share_given_away(table: NDArray[np.int64]) -> float:
     """I(X;Y) / H(Y) of a table (X rows, Y columns), both Miller-Madow corrected, clipped to 0..1.
 
@@ -136,6 +149,41 @@ def share_given_away(table: NDArray[np.int64]) -> float:
     entropy = -float(frequency @ np.log(frequency)) + (y - 1) / (2 * total)
     information = mutual_information(table) + (x + y - xy - 1) / (2 * total)
     return float(np.clip(round(information / entropy, 12), 0.0, 1.0))
+
+
+def dense(table: NDArray[np.int64], merge_x: bool, merge_y: bool) -> NDArray[np.int64]:
+    """The table with fewer, fuller cells: adjacent bins merged until there are ROWS_PER_CELL rows for each cell.
+
+    The two neighbours with the fewest rows between them are merged, on the axis with more bins, on both where they have
+    equally many: so the table of an exact copy stays diagonal. An axis keeps two bins.
+
+    Args:
+        table: pair table (X rows, Y columns).
+        merge_x: whether X's bins have an order, as those of numbers; levels are never merged.
+        merge_y: likewise.
+
+    >>> dense(np.diag([8, 1, 1, 10]), True, True)
+    array([[10,  0],
+           [ 0, 10]])
+    """
+    table = table[table.sum(1) > 0][:, table.sum(0) > 0]
+    rows = int(table.sum())
+    while rows < ROWS_PER_CELL * table.size:
+        x, y = (size if may and size > 2 else 0 for size, may in zip(table.shape, (merge_x, merge_y), strict=True))
+        if not x and not y:
+            break
+        # Both from the table as it is: the margins of an exact copy are equal, and must be merged alike.
+        first_x, first_y = _fewest(table.sum(1)), _fewest(table.sum(0))
+        if x >= y:
+            table = np.add.reduceat(table, np.delete(np.arange(len(table)), first_x + 1), axis=0)
+        if y >= x:
+            table = np.add.reduceat(table, np.delete(np.arange(table.shape[1]), first_y + 1), axis=1)
+    return table
+
+
+def _fewest(margin: NDArray[np.int64]) -> int:
+    """The first of the two neighbours with the fewest rows between them."""
+    return int(np.argmin(margin[:-1] + margin[1:])) if len(margin) > 1 else 0
 
 
 def derive_schema(counts: Counts, dictionary: Dictionary, settings: QuestionsConfig) -> Schema:
@@ -159,21 +207,32 @@ def derive_schema(counts: Counts, dictionary: Dictionary, settings: QuestionsCon
         else:
             frequencies = tuple((histogram / histogram.sum()).tolist())
             targets.append(FeatureSchema(name=feature.name, frequencies=frequencies))
-    if not any(dictionary.feature(target.name).role == "feature" for target in targets):
-        first = next(iter(unusable.items()), ("", "the dictionary has none"))
-        raise RegistryError(f"no usable feature: none of {len(unusable)} can be asked; '{first[0]}': {first[1]}")
-    measure = share_given_away if settings.mi_normalisation == "target-entropy" else mutual_information
+    _require_a_feature(targets, unusable, dictionary)
     mi: dict[str, dict[str, float]] = {}
     shortcuts: dict[str, tuple[str, ...]] = {}
     hidden: dict[str, tuple[str, ...]] = {}
-    for target in targets:
+    for target in list(targets):
         feature = dictionary.feature(target.name)
         context = [other.name for other in dictionary.with_role("feature") if other.name != target.name]
-        scores = {name: measure(counts.table(name, target.name)) for name in context}
+        tables = {name: _dense_table(counts, dictionary.feature(name), feature) for name in context}
+        if settings.mi_normalisation == "none":
+            scores = {name: mutual_information(counts.table(name, target.name)) for name in context}
+        else:
+            scores = {name: share_given_away(table) for name, table in tables.items()}
+        found = tuple(name for name in context if scores[name] > settings.mi_threshold)
+        out_of_sight = tuple(name for name in context if name in {*found, *feature.hide})
+        if feature.role == "feature" and settings.min_information_nats > 0:
+            most = max((information_nats(tables[name]) for name in context if name not in out_of_sight), default=0.0)
+            if most < settings.min_information_nats:
+                targets.remove(target)
+                unusable[target.name] = (
+                    f"no feature that may be shown with it says {settings.min_information_nats:g} nats about it "
+                    f"(at most {most:.3f}; questions.min_information_nats)"
+                )
+                continue
         mi[target.name] = {name: round(score, 4) for name, score in scores.items()}
-        shortcuts[target.name] = tuple(name for name in context if scores[name] > settings.mi_threshold)
-        either = {*shortcuts[target.name], *feature.hide}
-        hidden[target.name] = tuple(name for name in context if name in either)
+        shortcuts[target.name], hidden[target.name] = found, out_of_sight
+    _require_a_feature(targets, unusable, dictionary)
     return Schema(
         dictionary_digest=dictionary.digest(),
         rows=counts.rows,
@@ -185,6 +244,16 @@ def derive_schema(counts: Counts, dictionary: Dictionary, settings: QuestionsCon
         shortcuts=shortcuts,
         mi=mi,
     )
+
+
+def _require_a_feature(targets: list[FeatureSchema], unusable: Mapping[str, str], dictionary: Dictionary) -> None:
+    if not any(dictionary.feature(target.name).role == "feature" for target in targets):
+        first = next(iter(unusable.items()), ("", "the dictionary has none"))
+        raise RegistryError(f"no usable feature: none of {len(unusable)} can be asked; '{first[0]}': {first[1]}")
+
+
+def _dense_table(counts: Counts, x: Feature, y: Feature) -> NDArray[np.int64]:
+    return dense(counts.table(x.name, y.name), x.kind == "number", y.kind == "number")
 
 
 def _why_unusable(feature: Feature, histogram: NDArray[np.int64]) -> str:

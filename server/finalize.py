@@ -87,7 +87,7 @@ def finalize(
             checks = _save_full(lm, model, prompts)
         else:
             _save_adapter(lm, adapter)
-            checks = merge_into(lm.path, adapter, model, dtype=lm.config.dtype, prompts=prompts)
+            checks = merge_into(lm.path, adapter, model, prompts=prompts)
         facts = {**provenance, "verified": asdict(checks)}
         for what, folder in (("adapter", adapter), ("model", model)):
             (folder / "README.md").write_text(model_card(what, facts, evaluation), encoding="utf-8")

@@ -30,11 +30,12 @@ from safetensors.numpy import save_file
 from torch.nn.functional import log_softmax
 
 from ..common.adapter import Float32Array, Manifest, flatten, unflatten, vector_digest
-from ..common.config import LoraConfig, RunConfig, WarmupConfig, packaged
-from ..common.errors import ModelError, VerificationError
+from ..common.config import LoraConfig, RunConfig, WarmupConfig, load_run, packaged
+from ..common.errors import ConfigError, ModelError, VerificationError
 from ..common.lm.answers import answer_questions
 from ..common.lm.models import LanguageModel, cache_folder, read_tensors, verify_adapter
-from ..common.lm.scoring import encode_texts, option_token_ids, render
+from ..common.lm.prefix import causal_model
+from ..common.lm.scoring import encode_texts, hidden_states, option_token_ids, render
 from ..common.question import LETTERS, PromptTemplate, load_prompt
 from .warmup_questions import Stated, synthetic_questions
 
@@ -104,7 +105,7 @@ def warm_up(lm: LanguageModel, config: RunConfig, *, on_step: OnStep | None = No
         "base_digest": lm.base_digest,
         "vector_digest": vector_digest(lm.manifest, vector),
         "prompt": template.name,
-        "scoring_dtype": config.model.scoring_dtype,
+        "dtype": str(lm.dtype).removeprefix("torch."),
         "n_options": config.questions.n_options,
         "lora": config.lora.model_dump(mode="json"),
         "settings": _deciding(settings),
@@ -204,8 +205,7 @@ def _train(lm: LanguageModel, config: RunConfig, template: PromptTemplate, on_st
             loss = 0.0
             for start in range(0, len(batch), config.speed.micro_batch):
                 part = batch[start : start + config.speed.micro_batch]
-                with torch.autocast(lm.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
-                    share = _loss(lm, part, template, settings) / len(batch)
+                share = _loss(lm, part, template, settings) / len(batch)
                 share.backward()
                 loss += float(share.detach())
             torch.nn.utils.clip_grad_norm_(parameters.values(), _GRADIENT_NORM)
@@ -235,24 +235,19 @@ def _loss(lm: LanguageModel, batch: Sequence[Stated], template: PromptTemplate, 
         letters = option_token_ids(lm.tokenizer, texts[0], max(len(item.question.options) for item in batch))
         targets = [[letters[item.question.answer]] for item in batch]
     sequences = [prompt + target[:-1] for prompt, target in zip(prompts, targets, strict=True)]
-    first = min(len(prompt) for prompt in prompts) - 1
-    longest = max(len(ids) for ids in sequences)
-    padded = torch.full((len(batch), longest), lm.tokenizer.pad_token_id, dtype=torch.long)
-    for row, ids in enumerate(sequences):
-        padded[row, : len(ids)] = torch.tensor(ids)
-    # Padded on the right, so no mask (see scoring.last_logits); the head runs where some answer may be.
-    keep = torch.arange(first, longest, device=lm.device)
-    logits = lm.model(input_ids=padded.to(lm.device), use_cache=False, logits_to_keep=keep).logits
-    total = torch.zeros((), device=lm.device)
-    for row, (item, prompt, target) in enumerate(zip(batch, prompts, targets, strict=True)):
-        start = len(prompt) - 1 - first
-        log_probs = log_softmax(logits[row, start : start + len(target)].float(), dim=-1)
-        right = -log_probs[torch.arange(len(target)), torch.tensor(target, device=lm.device)].mean()
-        if letters and settings.label_smoothing > 0:
-            others = -log_probs[0, letters[: len(item.question.options)]].mean()
-            right = (1 - settings.label_smoothing) * right + settings.label_smoothing * others
-        total = total + right
-    return total
+    rows = [row for row, target in enumerate(targets) for _ in target]
+    columns = [
+        len(prompt) - 1 + place for prompt, target in zip(prompts, targets, strict=True) for place in range(len(target))
+    ]
+    hidden = hidden_states(lm, sequences)[rows, columns]
+    log_probs = log_softmax(causal_model(lm).get_output_embeddings()(hidden).float(), dim=-1)
+    right = -log_probs[
+        torch.arange(len(rows)), torch.tensor([token for ids in targets for token in ids], device=lm.device)
+    ]
+    if letters and settings.label_smoothing > 0:
+        others = [-log_probs[row, letters[: len(item.question.options)]].mean() for row, item in enumerate(batch)]
+        right = (1 - settings.label_smoothing) * right + settings.label_smoothing * torch.stack(others)
+    return sum((share.mean() for share in right.split([len(target) for target in targets])), right.new_zeros(()))
 
 
 def turn_end(lm: LanguageModel, template: PromptTemplate) -> str:
@@ -268,7 +263,7 @@ def warmup_key(lm: LanguageModel, config: RunConfig) -> str:
     data = {
         "base": lm.base_digest,
         "code_version": CODE_VERSION,
-        "dtype": config.model.dtype,
+        "dtype": str(lm.dtype),
         "lora": config.lora.model_dump(mode="json"),
         "n_options": config.questions.n_options,
         "prompt": load_prompt(config.model.prompt).model_dump(mode="json"),
@@ -282,10 +277,17 @@ def _deciding(settings: WarmupConfig) -> dict[str, Any]:
 
 
 def _command(config: RunConfig) -> str:
-    default = _deciding(WarmupConfig())
-    changed = [
-        f"--set warmup.{key}={value}" for key, value in _deciding(config.warmup).items() if value != default[key]
-    ]
+    """The command that makes this adapter again: a shipped config by its name, and what was set otherwise."""
+    try:
+        named = load_run(Path(config.name))
+    except ConfigError:
+        named = RunConfig(name=config.name)
+    changed: list[str] = []
+    for section in ("model", "lora", "questions", "warmup"):
+        before, now = (one.model_dump(mode="json")[section] for one in (named, config))
+        # How questions of patients are made does not matter here, but for how many options they have.
+        keys = ["n_options"] if section == "questions" else [key for key in now if key not in ("adapter", "enabled")]
+        changed += [f"--set {section}.{key}={now[key]}" for key in keys if now[key] != before[key]]
     return " ".join([f"wardround server warmup {config.name} --out adapters", *changed])
 
 

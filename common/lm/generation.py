@@ -123,7 +123,7 @@ def rollout(
     group_size: int,
     max_tokens: int,
     temperature: float = 1.0,
-    generator: torch.Generator | None = None,
+    uniform: Tensor | None = None,
     suppress: Sequence[int] = (),
 ) -> list[Completion]:
     """`group_size` completions of every prompt, all decoded in one batch, each with an answer.
@@ -136,7 +136,9 @@ def rollout(
         group_size: completions a prompt.
         max_tokens: most tokens a completion may have before it is forced to answer; 0: forced at once.
         temperature: logits are divided by it.
-        generator: a CPU generator, the only source of chance; None: greedy (the most likely token and letter).
+        uniform: float64 in [0, 1), shape (P·G, max_tokens + 1), the only source of chance: one number a token, the last
+            for a forced letter, so what a completion becomes does not depend on what it is decoded beside; None: greedy
+            (the most likely token and letter).
         suppress: tokens that are never generated (benchmarks suppress the end token).
 
     Returns:
@@ -153,7 +155,7 @@ def rollout(
         logits = head(hidden).float().div_(temperature)
         if suppress:
             logits[:, list(suppress)] = float("-inf")
-        tokens, log_probs = _choose(torch.log_softmax(logits, 1), generator)
+        tokens, log_probs = _choose(torch.log_softmax(logits, 1), None if uniform is None else uniform[:, step])
         still: list[int] = []
         for row in open_rows:
             completion = completions[row]
@@ -173,7 +175,7 @@ def rollout(
         fed = torch.tensor([completion.ids[-1] for completion in completions], device=lm.device)[:, None]
         # Rows that have ended go along; what they write is hidden from them later.
         hidden = prefix.extend(fed, torch.full((1, 1), step, device=lm.device))[:, 0]
-    _force(lm, answering, prefix, completions, n_options, temperature, generator)
+    _force(lm, answering, prefix, completions, n_options, temperature, None if uniform is None else uniform[:, -1])
     for row, completion in enumerate(completions):
         if completion.boxed:
             completion.answer = parse_answer(answering.text(completion.ids), n_options[row // group_size])
@@ -200,12 +202,9 @@ def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(below, wanted, right=True)
 
 
-def _choose(log_probs: Tensor, generator: torch.Generator | None) -> tuple[list[int], list[float]]:
-    """One token a row, sampled or (without a generator) the most likely, and its log-probability."""
-    if generator is None:
-        chosen = log_probs.argmax(1, keepdim=True)
-    else:
-        chosen = draw(log_probs, torch.rand(len(log_probs), 1, generator=generator, dtype=torch.float64))
+def _choose(log_probs: Tensor, uniform: Tensor | None) -> tuple[list[int], list[float]]:
+    """One token a row, sampled or (without random numbers) the most likely, and its log-probability."""
+    chosen = log_probs.argmax(1, keepdim=True) if uniform is None else draw(log_probs, uniform[:, None])
     return chosen[:, 0].tolist(), log_probs.gather(1, chosen)[:, 0].tolist()
 
 
@@ -216,7 +215,7 @@ def _force(
     completions: list[Completion],
     n_options: Sequence[int],
     temperature: float,
-    generator: torch.Generator | None,
+    uniform: Tensor | None,
 ) -> None:
     """Appends the forced text and a letter to every completion without a box."""
     if all(completion.boxed for completion in completions):
@@ -229,7 +228,7 @@ def _force(
     hidden = prefix.extend(fed, lengths + torch.arange(len(forced), device=device), unseen)[:, -1]
     options = torch.tensor(n_options, device=device).repeat_interleave(prefix.group_size)
     log_probs = option_log_softmax(prefix.base, hidden, answering.letters[: max(n_options)], options, temperature)
-    chosen, chosen_log_probs = _choose(log_probs, generator)
+    chosen, chosen_log_probs = _choose(log_probs, uniform)
     letters = answering.letters.tolist()
     for row, completion in enumerate(completions):
         if completion.boxed:

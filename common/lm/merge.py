@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ModelError, RunFolderError, VerificationError
-from .models import read_tensors
+from .models import amplified, read_tensors
 from .packaged import weight_files
 
 # Largest difference of a logit between the merged model and base + adapter, as a share of the largest logit.
@@ -72,7 +72,7 @@ def probe_prompts(tokenizer: Any) -> list[list[int]]:
 
 
 def merge_adapter(
-    base: Path, adapter: Path, out: Path, *, dtype: str = "float32", prompts: Sequence[Sequence[int]] | None = None
+    base: Path, adapter: Path, out: Path, *, dtype: str | None = None, prompts: Sequence[Sequence[int]] | None = None
 ) -> MergeReport:
     """Merges a peft adapter folder into a base model folder and writes `out`, complete and verified or not at all.
 
@@ -80,7 +80,7 @@ def merge_adapter(
         base: folder of the base model.
         adapter: folder with adapter_config.json and adapter_model.safetensors.
         out: the model folder to write; replaced if it exists.
-        dtype: "float32" or "bfloat16", of the merged weights.
+        dtype: "float32" or "bfloat16", of the merged weights; None: as the base is stored.
         prompts: token ids that outputs are compared on; None: `probe_prompts`.
 
     Raises:
@@ -93,13 +93,14 @@ def merge_adapter(
 
 
 def merge_into(
-    base: Path, adapter: Path, folder: Path, *, dtype: str = "float32", prompts: Sequence[Sequence[int]] | None = None
+    base: Path, adapter: Path, folder: Path, *, dtype: str | None = None, prompts: Sequence[Sequence[int]] | None = None
 ) -> MergeReport:
     """As `merge_adapter`, into an existing folder that the caller removes when this raises."""
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    widened = 2 if dtype == "float32" and _stored_in_16_bits(base) else 1
+    dtype = dtype or stored_dtype(base)
+    widened = 2 if dtype == "float32" and stored_dtype(base) == "bfloat16" else 1
     require_disk(folder, widened * sum(file.stat().st_size for file in weight_files(base)))
     tokenizer = AutoTokenizer.from_pretrained(base)
     probes = [list(ids) for ids in prompts] if prompts is not None else probe_prompts(tokenizer)
@@ -115,7 +116,11 @@ def merge_into(
     adapted = logits(model, probes)
     with model.disable_adapter():
         effect = difference(logits(model, probes), adapted)
-    if zero != (effect == 0.0):
+    moves = effect > 0.0
+    if not zero and not moves:  # in the computation, but too small to move a rounded logit?
+        with amplified(model):
+            moves = not torch.equal(logits(model, probes), adapted)
+    if zero == moves:
         raise VerificationError(f"adapter {adapter}: B is {'' if zero else 'not '}zero, outputs move by {effect:.3g}")
     _merge_layers(model)
     merged = model.unload()
@@ -231,9 +236,10 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _stored_in_16_bits(base: Path) -> bool:
+def stored_dtype(base: Path) -> str:
+    """The dtype in which a model folder is merged: bfloat16 where it is stored in 16 bits, else float32."""
     stored = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    return "16" in str(stored.get("dtype", stored.get("torch_dtype", "")))
+    return "bfloat16" if "16" in str(stored.get("dtype", stored.get("torch_dtype", ""))) else "float32"
 
 
 def _verify_loaded(model: Any, adapter: Path) -> bool:

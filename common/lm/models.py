@@ -31,12 +31,12 @@ from torch import nn
 from ..adapter import Float32Array, Manifest, TensorSpec, flatten, unflatten
 from ..config import LoraConfig, ModelConfig
 from ..errors import ModelError, VerificationError
+from .lora import fuse
 from .packaged import base_digest, cache_folder, resolve, weight_files
 
 __all__ = ["LanguageModel", "base_digest", "cache_folder", "load", "resolve", "shared", "verify_adapter"]
 
 _ADAPTER_FILE = "adapter_model.safetensors"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(eq=False)
@@ -65,6 +65,11 @@ class LanguageModel:
     def device(self) -> torch.device:
         """Where the model's parameters are."""
         return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base model's weights and of the products with them; adapters are float32."""
+        return self.model.get_input_embeddings().weight.dtype
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -215,6 +220,17 @@ def pick_device(asked: str) -> torch.device:
     return torch.device(asked)
 
 
+def pick_dtype(asked: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and on a CPU that multiplies it natively (AVX-512 BF16 or AMX), else float32.
+
+    A CPU without it emulates bfloat16 and is slower than in float32.
+    """
+    if asked == "auto":
+        native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        asked = "bfloat16" if device.type == "cuda" or native() else "float32"
+    return torch.bfloat16 if asked == "bfloat16" else torch.float32
+
+
 def load(model: ModelConfig, lora: LoraConfig | None, *, seed: int) -> LanguageModel:
     """A model with a fresh adapter, from files.
 
@@ -237,7 +253,7 @@ def load(model: ModelConfig, lora: LoraConfig | None, *, seed: int) -> LanguageM
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     try:
-        base = AutoModelForCausalLM.from_pretrained(path, dtype=_DTYPES[model.dtype])
+        base = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(model.dtype, device))
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
         raise ModelError(f"model '{model.id}': {path} does not load: {str(error).splitlines()[0]:.200}") from None
     base.to(device)
@@ -269,9 +285,11 @@ def _with_lora(base: Any, lora: LoraConfig, model_id: str) -> Any:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft's
         try:
-            return get_peft_model(base, settings)
+            model = get_peft_model(base, settings)
         except ValueError as error:
             raise ModelError(f"lora.targets = {lora.targets!r}: model '{model_id}': {error}") from None
+    fuse(model)
+    return model
 
 
 def _adapter_parameters(model: Any, lora: LoraConfig) -> dict[str, nn.Parameter]:
@@ -297,7 +315,7 @@ def shared(model: ModelConfig, lora: LoraConfig | None, seed: int) -> LanguageMo
     """
     device = str(pick_device(model.device))
     path = str(resolve(model.id))
-    key = (path, model.dtype, model.scoring_dtype, device, lora.model_dump_json() if lora else "")
+    key = (path, model.dtype, device, lora.model_dump_json() if lora else "")
     if key not in _SHARED:
         _SHARED[key] = (load(model, lora, seed=seed), seed)
     found, last_seed = _SHARED[key]
@@ -310,6 +328,22 @@ def shared(model: ModelConfig, lora: LoraConfig | None, seed: int) -> LanguageMo
 def release_shared() -> None:
     """Forgets the shared models, so that their memory can be freed."""
     _SHARED.clear()
+
+
+@contextmanager
+def amplified(model: Any) -> Iterator[None]:
+    """Within it the adapter of a peft model counts a million times: what it is connected to cannot stay as it is."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    before = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            layer.scaling.update({name: value * 2**20 for name, value in layer.scaling.items()})
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)
 
 
 @torch.no_grad()
@@ -332,6 +366,9 @@ def verify_adapter(lm: LanguageModel, text: str = "The answer is") -> bool:
     if lm.lora is None or lm.lora.strategy == "full":
         return differs
     nonzero = any(bool(parameter.any()) for name, parameter in lm.parameters.items() if "lora_B" in name)
+    if nonzero and not differs:  # in the computation, but too small to move a rounded output?
+        with amplified(lm.model):
+            differs = not torch.equal(lm.model(input_ids=ids).logits[0, -1].float(), base)
     if differs != nonzero:
         state = "is not zero but outputs equal the base model's" if nonzero else "is zero but outputs differ"
         raise VerificationError(f"adapter of '{lm.config.id}': B {state}")

@@ -82,7 +82,7 @@ class GivenCompletions(Engine):
 
 
 def unforced(vocabulary: int) -> list[Completion]:
-    """Completions of 1 to TOKENS tokens that all answered by themselves; the second group has no reward variance."""
+    """Completions of 1 to TOKENS tokens that all answered by themselves; groups 0 and 3 have no reward variance."""
     rng, result = np.random.default_rng(0), []
     for row in range(PATIENTS * GROUP):
         completion = Completion(generated=1 + row % TOKENS, boxed=True)
@@ -178,12 +178,14 @@ def test_gradients_equal_stock_trl_whatever_is_trained(tiny_model_path, tmp_path
 
 
 @pytest.mark.parametrize("loss_type", ["dr_grpo", "grpo", "bnpo", "dapo"])
-@pytest.mark.parametrize("reasoning", [0, TOKENS])
-def test_parts_of_a_step_add_up_whatever_their_size(tiny_model_path, loss_type, reasoning):
+@pytest.mark.parametrize(
+    ("reasoning", "settings"), [(0, {}), (0, {"expectation": "exact"}), (TOKENS, {}), (TOKENS, {"beta": 0.1})]
+)
+def test_parts_of_a_step_add_up_whatever_their_size(tiny_model_path, loss_type, reasoning, settings):
     found = []
     for tokens, one_by_one in [(10_000, False), (1, False), (10_000, True)]:
         lm = model(tiny_model_path)
-        config = configured(reasoning, loss_type=loss_type, speed={"tokens_per_backward": tokens})
+        config = configured(reasoning, loss_type=loss_type, speed={"tokens_per_backward": tokens}, **settings)
         our_loss(Engine(lm, Source(), TEMPLATE, config, seed=0), lm, one_by_one)
         found.append(gradients(lm))
     assert np.abs(found[0]).max() > 0

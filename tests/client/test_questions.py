@@ -155,6 +155,19 @@ def test_a_record_shows_a_random_subset_in_dictionary_order(registry: Registry, 
     assert len(seen) == len(order)
 
 
+def test_an_informative_record_shows_what_says_most_about_the_target(registry: Registry, schema: Schema):
+    settings = SETTINGS.model_copy(update={"features_per_record": 2, "context": "informative"})
+    builder = QuestionBuilder(registry, schema, MARKED, settings)
+    questions, rows = builder.build_with_rows(np.arange(ROWS), np.random.default_rng(1))
+    for question, row in zip(questions, rows, strict=True):
+        target = registry.dictionary.feature(question.target)
+        allowed = {f.name for f in registry.dictionary.context_of(target)} - set(schema.hidden[question.target])
+        known = [name for name in allowed if builder._known(registry.dictionary.feature(name), np.array([row]))[0]]
+        information = sorted((schema.mi[question.target][name] for name in known), reverse=True)[:2]
+        mine = [schema.mi[question.target][name] for name in shown(question, registry)]
+        assert sorted(mine, reverse=True) == information
+
+
 def test_the_same_generator_state_gives_the_same_questions(registry: Registry, schema: Schema):
     builder = QuestionBuilder(registry, schema, load_prompt("en"), SETTINGS)
     one, same, other = (builder.build(np.arange(200), np.random.default_rng(seed)) for seed in (1, 1, 2))

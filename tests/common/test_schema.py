@@ -208,6 +208,19 @@ def test_features_that_cannot_be_asked_are_listed_with_the_reason():
     assert set(schema.names) == {"a", "rare_copy", "died", "septic"}
 
 
+def test_features_about_which_nothing_says_enough_are_not_asked_but_outcomes_are():
+    counts = count(values(4000), DICTIONARY)
+    everything = derive_schema(counts, DICTIONARY, SETTINGS)
+    # `colour` and `rare` depend on nothing (the copy of `rare` is hidden from it), `a` and `lab` on each other.
+    some = derive_schema(counts, DICTIONARY, SETTINGS.model_copy(update={"min_information_nats": 0.05}))
+    assert set(everything.names) - set(some.names) == {"rare", "rare_copy", "colour"}
+    assert {"a", "lab", "died", "septic"} == set(some.names)
+    assert "says 0.05 nats" in some.unusable["colour"]
+    assert set(some.mi) == set(some.names) and some.mi["a"] == everything.mi["a"]
+    with pytest.raises(RegistryError, match="no usable feature"):
+        derive_schema(counts, DICTIONARY, SETTINGS.model_copy(update={"min_information_nats": 9.0}))
+
+
 def test_a_registry_with_nothing_to_ask_is_refused_in_one_line():
     data = {
         name: np.full_like(column, -1 if column.dtype.kind == "i" else np.nan) for name, column in values(9).items()

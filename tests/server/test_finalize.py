@@ -123,11 +123,27 @@ def test_full_training_gives_a_model_and_says_that_there_is_no_adapter(tiny_mode
     assert done.checks.adapter_effect > 0
 
 
-def test_bfloat16_stays_bfloat16_and_every_weight_is_rounded_once(tiny_model_path: Path, tmp_path: Path) -> None:
-    lm = trained(tiny_model_path, dtype="bfloat16")
-    done = finalize(lm, tmp_path, facts_of(lm))
+def test_a_model_stored_in_bfloat16_stays_so_and_every_weight_is_rounded_once(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    stored = tmp_path / "stored"
+    shutil.copytree(tiny_model_path, stored)
+    AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.bfloat16).save_pretrained(stored)
+    lm = trained(stored, dtype="bfloat16")
+    done = finalize(lm, tmp_path / "run", facts_of(lm))
     assert {tensor.dtype for tensor in load_file(done.model / "model.safetensors").values()} == {torch.bfloat16}
     assert done.checks.merge_difference <= 0.05
+
+
+def test_training_in_bfloat16_leaves_a_model_merged_as_its_base_is_stored(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    lm = trained(tiny_model_path, dtype="bfloat16")
+    done = finalize(lm, tmp_path, facts_of(lm))
+    assert {tensor.dtype for tensor in load_file(done.model / "model.safetensors").values()} == {torch.float32}
+    assert done.checks.merge_difference <= 1e-5
 
 
 def test_a_finalize_that_is_repeated_writes_the_same_bytes(tiny_model_path: Path, tmp_path: Path) -> None:

@@ -143,7 +143,8 @@ def test_many_lines_and_many_options_still_end() -> None:
 def test_bfloat16_training_is_close_to_float32(tiny_model_path: Path) -> None:
     vectors = []
     for dtype in ("float32", "bfloat16"):
-        config = run(tiny_model_path, dtype=dtype)
+        settings = run(tiny_model_path)
+        config = settings.model_copy(update={"model": settings.model.model_copy(update={"dtype": dtype})})
         vectors.append(warmup.warm_up(fresh(config), config).vector_full)
     assert 0 < np.linalg.norm(vectors[0] - vectors[1]) < 0.1 * np.linalg.norm(vectors[0])
 

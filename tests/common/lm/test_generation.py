@@ -38,7 +38,9 @@ def answering(lm: LanguageModel) -> Answering:
 def sampled(lm: LanguageModel, answering: Answering, seed: int = 1, **settings) -> list[Completion]:
     chosen = {"group_size": GROUP, "max_tokens": 9, "temperature": 0.9, **settings}
     generator = torch.Generator().manual_seed(seed)
-    return rollout(lm, answering, PROMPTS, N_OPTIONS, generator=generator, **chosen)
+    shape = len(PROMPTS) * chosen["group_size"], chosen["max_tokens"] + 1
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+    return rollout(lm, answering, PROMPTS, N_OPTIONS, uniform=uniform, **chosen)
 
 
 def naive(
@@ -94,7 +96,25 @@ def test_greedy_rollout_equals_generate(lm, answering):
         assert own == expected[0, len(prompt) :].tolist()[: len(own)]
 
 
-def test_same_generator_gives_the_same_completions_and_another_gives_others(lm, answering):
+def test_what_a_completion_becomes_does_not_depend_on_what_is_decoded_beside_it(lm, answering):
+    uniform = torch.rand((len(PROMPTS) * GROUP, 10), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    together = sampled(lm, answering)
+    for p in range(len(PROMPTS)):
+        rows = slice(p * GROUP, (p + 1) * GROUP)
+        alone = rollout(
+            lm,
+            answering,
+            PROMPTS[p : p + 1],
+            N_OPTIONS[p : p + 1],
+            group_size=GROUP,
+            max_tokens=9,
+            temperature=0.9,
+            uniform=uniform[rows],
+        )
+        assert [c.ids for c in alone] == [c.ids for c in together[rows]]
+
+
+def test_same_numbers_give_the_same_completions_and_others_give_others(lm, answering):
     assert sampled(lm, answering, 3) == sampled(lm, answering, 3)
     assert sampled(lm, answering, 3) != sampled(lm, answering, 4)
 

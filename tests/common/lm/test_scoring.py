@@ -74,7 +74,7 @@ def test_a_prompt_holds_system_user_and_the_beginning_of_the_answer(lm: Language
 
 
 def test_bfloat16_scoring_is_close_to_float32(lm: LanguageModel, tiny_model_path: Path) -> None:
-    half = load(ModelConfig(id=str(tiny_model_path), scoring_dtype="bfloat16"), LoraConfig(rank=4), seed=1)
+    half = load(ModelConfig(id=str(tiny_model_path), dtype="bfloat16"), LoraConfig(rank=4), seed=1)
     half.set_vector(lm.vector(False), trainable_only=False)
     asked = questions(6)
     exact, rough = option_log_probs(lm, asked, TEMPLATE, 4), option_log_probs(half, asked, TEMPLATE, 4)

@@ -1,0 +1,93 @@
+"""One linear layer with its LoRA adapter as one step: y = x Wᵀ + s (x Aᵀ) Bᵀ, forward and backward.
+
+Used wherever a model with an adapter runs (common/lm/models.py puts it in). Enters and leaves: activations. Private:
+nothing by itself.
+
+peft writes a LoRA layer as four operations, two of which (the scaling and the sum) pass over the whole output once
+more, and autograd keeps what each of them needs. With 210 adapted layers in SmolLM2 that is a fifth of a training step.
+Here the low-rank product is accumulated into the output of the base layer, and the only activation kept for the
+backward pass is x Aᵀ (tokens × rank); x itself only where A is trained. peft's modules, names and files stay as they
+are: only their forward is exchanged, and only where it is plain LoRA on a plain linear layer.
+
+Precision: products run in the dtype of the activations (bfloat16 under autocast), A and B rounded to it for the
+product; the gradients of A and B are float32 as A and B are.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _LoraLinear(torch.autograd.Function):
+    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ for frozen W and b; x of shape (tokens, in)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+    ) -> Tensor:
+        low, high = a.to(x.dtype), b.to(x.dtype)
+        inner = x @ low.T
+        y = F.linear(x, weight, bias)
+        y.addmm_(inner, high.T, alpha=scaling)
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, low, high, inner)
+        ctx.scaling, ctx.dtypes = scaling, (a.dtype, b.dtype)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, low, high, inner = ctx.saved_tensors
+        dy, s = grads[0], ctx.scaling
+        dx = da = db = None
+        dinner = dy @ high
+        if ctx.needs_input_grad[0]:
+            dx = dy @ weight
+            dx.addmm_(dinner, low, alpha=s)
+        if ctx.needs_input_grad[3]:
+            da = (dinner.T @ x).to(ctx.dtypes[0]).mul_(s)
+        if ctx.needs_input_grad[4]:
+            db = (dy.T @ inner).to(ctx.dtypes[1]).mul_(s)
+        return dx, None, None, da, db, None
+
+
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    base = layer.base_layer
+    # trl keeps a second adapter as its reference model; that, and everything else but the plain case, is peft's.
+    if layer.disable_adapters or layer.merged or layer.active_adapters != ["default"] or args or kwargs:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    bias = None if base.bias is None else base.bias.to(dtype)
+    with torch.autocast(device, enabled=False):
+        flat = x.reshape(-1, x.shape[-1]).to(dtype)
+        y = _LoraLinear.apply(flat, base.weight.to(dtype), bias, a, b, layer.scaling["default"])
+    return y.view(*x.shape[:-1], -1)  # type: ignore[union-attr]
+
+
+def fuse(model: nn.Module) -> int:
+    """Exchanges the forward of every plain LoRA layer of a peft model with one adapter; the number of them.
+
+    Layers of another kind (DoRA, embeddings, dropout, an adapted layer that is trained itself) keep peft's.
+    """
+    from peft.tuners.lora.layer import Linear
+
+    count = 0
+    for layer in model.modules():
+        if (
+            type(layer) is Linear
+            and type(layer.base_layer) is nn.Linear
+            and not layer.lora_variant
+            and not layer.base_layer.weight.requires_grad
+            and list(layer.lora_A) == ["default"]
+            and isinstance(layer.lora_dropout["default"], nn.Identity)
+            and layer.lora_A["default"].bias is None
+            and layer.lora_B["default"].bias is None
+        ):
+            layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
+            count += 1
+    return count
