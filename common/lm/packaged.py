@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ..errors import ModelError
 
-_USAGE_BASE = b"wardround base model 1\0"
+_USAGE_BASE = b"wardround base model 2\0"
 _CONVERSION = 1  # part of the folder's name: raised when the conversion below changes what it writes
 
 
@@ -170,13 +170,23 @@ def _convert(source: Path, target: Path, size_bytes: int) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def base_digest(folder: Path, cache: Path | None = None) -> str:
-    """SHA-256 hex over config, weights and tokenizer of a model folder.
+_VOLATILE = ("transformers_version", "_name_or_path")
+# Of these files only what changes prompts and answers: other keys differ between versions that write them.
+_SETTINGS = {
+    "generation_config.json": ("bos_token_id", "eos_token_id", "pad_token_id"),
+    "tokenizer_config.json": ("add_bos_token", "add_eos_token", "bos_token", "chat_template", "eos_token", "pad_token"),
+}
 
-    The configuration counts without the version of transformers that wrote it, and the digest is remembered in the
-    cache folder by the files' sizes and modification times, because 28 GB take a minute to hash.
+
+def base_digest(folder: Path, cache: Path | None = None) -> str:
+    """SHA-256 hex over all of a model folder that decides what it computes and how it is asked.
+
+    That is config, weights, tokenizer, chat template, special tokens, and the tokens that end a turn. Configurations
+    count without what names a version or a place; the digest is remembered in the cache folder by the files' sizes and
+    modification times, because 28 GB take a minute to hash.
     """
-    files = [folder / "config.json", *weight_files(folder), folder / "tokenizer.json"]
+    optional = [folder / name for name in (*_SETTINGS, "chat_template.jinja") if (folder / name).exists()]
+    files = [folder / "config.json", *weight_files(folder), folder / "tokenizer.json", *optional]
     stamp = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
     memory = cache_folder(cache) / "digests" / f"{key}.json"
@@ -188,10 +198,10 @@ def base_digest(folder: Path, cache: Path | None = None) -> str:
         pass  # never computed, or not ours: compute it
     state = hashlib.sha256(_USAGE_BASE)
     for file in files:
-        if file.name == "config.json":
+        if file.name in ("config.json", *_SETTINGS):
             config = json.loads(file.read_text(encoding="utf-8"))
-            for volatile in ("transformers_version", "_name_or_path"):
-                config.pop(volatile, None)
+            kept = _SETTINGS.get(file.name)
+            config = {key: value for key, value in config.items() if (key in kept if kept else key not in _VOLATILE)}
             content = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).digest()
         else:
             with file.open("rb") as stream:

@@ -175,6 +175,24 @@ def test_the_base_digest_follows_weights_config_and_tokenizer(copy: Path, tmp_pa
     assert models.base_digest(copy) not in (digest, other)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("chat_template.jinja", lambda text: text.replace("assistant", "nurse")),
+        ("generation_config.json", lambda text: json.dumps({**json.loads(text), "eos_token_id": 7})),
+        ("tokenizer_config.json", lambda text: json.dumps({**json.loads(text), "eos_token": "<|endoftext|>"})),
+    ],
+)
+def test_the_base_digest_follows_how_the_model_is_asked_and_when_it_stops(copy: Path, name: str, change) -> None:
+    digest = models.base_digest(copy)
+    file = copy / name
+    if name.endswith(".json"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "transformers_version": "0.0.0"}))
+        assert models.base_digest(copy) == digest
+    file.write_text(change(file.read_text()))
+    assert models.base_digest(copy) != digest
+
+
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_an_incomplete_model_folder_is_refused(copy: Path, missing: str) -> None:
     (copy / missing).unlink()
