@@ -62,6 +62,7 @@ def train_local_round(
     config: RunConfig,
     *,
     seed: int,
+    round_index: int = 1,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> LocalResult:
     """Trains from the vector that `lm` holds; afterwards `lm` holds the result.
@@ -75,6 +76,7 @@ def train_local_round(
         template: their prompt.
         config: the run's; `grpo`, `questions.reasoning_tokens` and `speed` are read.
         seed: of this round at this site.
+        round_index: of this round, from 1; the learning rate follows from it.
         on_step: called after every step with (steps done, steps, mean reward of the step; NaN for an empty draw).
 
     Raises:
@@ -84,7 +86,7 @@ def train_local_round(
     began = time.perf_counter()
     if config.speed.threads:
         torch.set_num_threads(config.speed.threads)
-    engine = Engine(lm, source, template, config, seed=seed, on_step=on_step)
+    engine = Engine(lm, source, template, config, seed=seed, round_index=round_index, on_step=on_step)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # trl asks for names that transformers has renamed
         try:
@@ -122,8 +124,10 @@ class Engine(GRPOTrainer):
         config: RunConfig,
         *,
         seed: int,
+        round_index: int = 1,
         on_step: Callable[[int, int, float], None] | None = None,
     ) -> None:
+        self.learning_rate = config.learning_rate_of(round_index)
         grpo, reasoning = config.grpo, config.questions.reasoning_tokens
         self.lm, self.template, self.grpo, self.reasoning_tokens = lm, template, grpo, reasoning
         self.answering = Answering(lm, template)
@@ -186,7 +190,7 @@ class Engine(GRPOTrainer):
 
         Trainer's own sorts parameters into those that decay and those that do not: 40 ms for nothing here.
         """
-        self.optimizer = torch.optim.AdamW(self.trained, lr=self.grpo.learning_rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=self.learning_rate, weight_decay=0.0)
         return self.optimizer
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -425,7 +429,7 @@ def _arguments(config: RunConfig, folder: str, seed: int, device: torch.device) 
         loss_type=grpo.loss_type,
         scale_rewards=grpo.scale_rewards,
         beta=0.0,
-        learning_rate=grpo.learning_rate,
+        learning_rate=grpo.learning_rate,  # not read: `create_optimizer` has the round's own
         lr_scheduler_type="constant",
         warmup_steps=0,
         weight_decay=0.0,

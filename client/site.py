@@ -127,8 +127,11 @@ def _train(run: SiteRun, instruction: TrainInstruction, input_digest: str) -> up
     update.claim(run.folder, instruction.round_index, input_digest)
     from .grpo import train_local_round  # trl takes seconds: not before everything was checked
 
-    seed = derive_seed(run.config.seed, "train", name, instruction.round_index)
-    result = train_local_round(run.language_model(model), source, run.template, run.config, seed=seed, on_step=None)
+    index = instruction.round_index
+    seed = derive_seed(run.config.seed, "train", name, index)
+    result = train_local_round(
+        run.language_model(model), source, run.template, run.config, seed=seed, round_index=index, on_step=None
+    )
     return update.StoredUpdate(
         input_digest=input_digest,
         model_digest=instruction.model_digest,

@@ -94,6 +94,8 @@ class GrpoConfig(Frozen):
         8.0  # expected: the Poisson rate is this over the declared patients
     )
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    # The rate falls linearly over the rounds, to this share of it in the last; within a round it is constant.
+    final_rate_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     loss_type: Literal["dr_grpo", "grpo", "bnpo", "dapo"] = "dr_grpo"
     scale_rewards: Literal["group", "none"] = "group"
     beta: Annotated[float, Field(ge=0)] = 0.0
@@ -206,6 +208,18 @@ class RunConfig(Frozen):
                 f"expected model.dtype = 'float32', got '{self.model.dtype}'"
             )
         return self
+
+    def learning_rate_of(self, round_index: int) -> float:
+        """The local learning rate of a round, from 1.
+
+        >>> run = RunConfig.model_validate(
+        ...     {"name": "r", "grpo": {"learning_rate": 0.1, "final_rate_share": 0.2}, "federation": {"rounds": 5}})
+        >>> [round(run.learning_rate_of(index), 3) for index in (1, 3, 5)]
+        [0.1, 0.06, 0.02]
+        """
+        rounds, share = self.federation.rounds, self.grpo.final_rate_share
+        done = (round_index - 1) / (rounds - 1) if rounds > 1 else 0.0
+        return self.grpo.learning_rate * (1 - (1 - share) * done)
 
     def to_json(self) -> str:
         """Canonical JSON (sorted keys, no spaces): what travels and what the digest covers."""

@@ -406,3 +406,16 @@ def test_parts_keep_to_the_budget_and_lose_nobody():
     assert sorted(index for part in parts for index in part) == list(range(60))
     assert all(len(part) == 1 or len(part) * max(costs[i] for i in part) <= 500 for part in parts)
     assert [len(part) for part in parts_by_tokens(costs, 500, one_by_one=True)] == [1] * 60
+
+
+def test_the_learning_rate_falls_over_the_rounds(tiny_model_path):
+    moved = []
+    for round_index in (1, 3):
+        lm = model(tiny_model_path)
+        config = configured(0, expectation="exact", local_steps=1, final_rate_share=0.25)
+        config = config.model_copy(update={"federation": config.federation.model_copy(update={"rounds": 3})})
+        before = lm.vector()
+        train_local_round(lm, Source(), TEMPLATE, config, seed=0, round_index=round_index)
+        moved.append(np.abs(lm.vector() - before).max())
+    assert moved[0] == pytest.approx(2e-4, rel=1e-2)  # Adam's first step is the rate
+    assert moved[1] == pytest.approx(0.25 * moved[0], rel=1e-2)
