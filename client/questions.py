@@ -78,10 +78,22 @@ class QuestionBuilder:
         Raises:
             ConfigError: `targets` names a feature that is not asked.
         """
+        return self.build_with_records(rows, rng, targets=targets)[:2]
+
+    @property
+    def features(self) -> list[str]:
+        """Names of all features that a record may show, in the order in which it shows them."""
+        return [feature.name for feature in self._shown]
+
+    def build_with_records(
+        self, rows: np.ndarray, rng: np.random.Generator, *, targets: Sequence[str] | None = None
+    ) -> tuple[list[Question], np.ndarray, np.ndarray]:
+        """As `build_with_rows`, and which of `features` each question's record shows: bool (questions, features)."""
         allowed = self._allowed(targets)
         rows = np.asarray(rows, dtype=np.int64)
         questions: list[Question] = []
         kept: list[np.ndarray] = [np.empty(0, np.int64)]
+        shown: list[np.ndarray] = [np.empty((0, len(self._shown)), dtype=bool)]
         for start in range(0, len(rows), CHUNK_ROWS):
             part = rows[start : start + CHUNK_ROWS]
             target = self._draw_targets(part, allowed, rng)
@@ -91,7 +103,8 @@ class QuestionBuilder:
             part, target, show = part[something], target[something], show[something]
             questions += self._write(part, target, show, rng)
             kept.append(part)
-        return questions, np.concatenate(kept)
+            shown.append(show)
+        return questions, np.concatenate(kept), np.concatenate(shown)
 
     def _allowed(self, targets: Sequence[str] | None) -> np.ndarray:
         if targets is None:
