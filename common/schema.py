@@ -31,8 +31,8 @@ from .mixture import Mixture, fit_mixture
 # A component narrower than this share of the whole spread is a heap of one favourite value (37.0 °C), and nobody could
 # tell options two of its sds apart.
 SD_FLOOR_SHARE = 0.1
-# Below this many rows a cell the Miller-Madow correction is too small: two independent numbers of 80 patients in 24 × 24
-# bins would share half of each other.
+# Below this many rows a cell the Miller-Madow correction is too small: two independent numbers of 80 patients would
+# share half of each other in 24 × 24 bins.
 ROWS_PER_CELL = 5
 
 
@@ -131,7 +131,7 @@ def information_nats(table: NDArray[np.int64]) -> float:
 
 
 def share_given_away(table: NDArray[np.int64]) -> float:
-    """I(X;Y) / H(Y) of a table (X rows, Y columns), both Miller-Madow corrected, clipped to 0..1.
+    """I(X;Y) / H(Y) of a table (X rows, Y columns), both Miller-Madow corrected, 0 to 1.
 
     The correction adds (occupied cells - 1) / (2 n) to every plug-in entropy, and I = H(X) + H(Y) - H(X,Y).
 
@@ -142,13 +142,11 @@ def share_given_away(table: NDArray[np.int64]) -> float:
     total = int(table.sum())
     if total == 0:
         return 0.0
-    x, y, xy = (int(np.count_nonzero(counts)) for counts in (table.sum(1), table.sum(0), table))
-    if y < 2:
-        return 0.0
     frequency = table.sum(0)[table.sum(0) > 0] / total
-    entropy = -float(frequency @ np.log(frequency)) + (y - 1) / (2 * total)
-    information = mutual_information(table) + (x + y - xy - 1) / (2 * total)
-    return float(np.clip(round(information / entropy, 12), 0.0, 1.0))
+    if len(frequency) < 2:
+        return 0.0
+    entropy = -float(frequency @ np.log(frequency)) + (len(frequency) - 1) / (2 * total)
+    return min(1.0, round(information_nats(table) / entropy, 12))
 
 
 def dense(table: NDArray[np.int64], merge_x: bool, merge_y: bool) -> NDArray[np.int64]:
@@ -175,10 +173,16 @@ def dense(table: NDArray[np.int64], merge_x: bool, merge_y: bool) -> NDArray[np.
         # Both from the table as it is: the margins of an exact copy are equal, and must be merged alike.
         first_x, first_y = _fewest(table.sum(1)), _fewest(table.sum(0))
         if x >= y:
-            table = np.add.reduceat(table, np.delete(np.arange(len(table)), first_x + 1), axis=0)
+            table = _merged(table, first_x)
         if y >= x:
-            table = np.add.reduceat(table, np.delete(np.arange(table.shape[1]), first_y + 1), axis=1)
+            table = _merged(table.T, first_y).T
     return table
+
+
+def _merged(table: NDArray[np.int64], row: int) -> NDArray[np.int64]:
+    """The table with this row and the next as one."""
+    both: NDArray[np.int64] = table[row : row + 1] + table[row + 1 : row + 2]
+    return np.concatenate([table[:row], both, table[row + 2 :]])
 
 
 def _fewest(margin: NDArray[np.int64]) -> int:

@@ -10,7 +10,7 @@ from wardround.common.config import QuestionsConfig
 from wardround.common.counts import COARSE_BINS, FINE_BINS, Bins, Counts, count, grid
 from wardround.common.dictionary import Dictionary, Feature
 from wardround.common.errors import DictionaryError, ProtocolError, RegistryError, VerificationError
-from wardround.common.schema import Schema, derive_schema, mutual_information, share_given_away
+from wardround.common.schema import Schema, dense, derive_schema, mutual_information, share_given_away
 
 SETTINGS = QuestionsConfig()
 YES_NO = {"0": "No", "1": "Yes"}
@@ -169,6 +169,29 @@ def test_independent_features_share_almost_nothing_even_in_small_registries():
     assert share_given_away(table) < 0.06 < mutual_information(table) / np.log(12)
     assert share_given_away(np.zeros((3, 3), np.int64)) == 0.0
     assert share_given_away(np.array([[4, 0], [5, 0]])) == 0.0  # nothing to give away
+
+
+@pytest.mark.parametrize("n", [80, 120, 200, 400])
+def test_independent_numbers_in_24_bins_share_almost_nothing_and_copies_everything(n: int):
+    rng = np.random.default_rng(n)
+    for _ in range(20):
+        x, y = (np.clip(np.rint(rng.normal(12, 4, n)), 0, 23).astype(int) for _ in "xy")
+        tables = np.zeros((2, 24, 24), dtype=np.int64)
+        np.add.at(tables[0], (x, y), 1)
+        np.add.at(tables[1], (x, x), 1)
+        assert share_given_away(dense(tables[0], True, True)) < 0.15
+        assert share_given_away(dense(tables[1], True, True)) == 1.0
+        np.testing.assert_array_equal(dense(tables[0], True, False).sum(0), tables[0].sum(0)[tables[0].sum(0) > 0])
+    assert n > 200 or share_given_away(tables[0]) > 0.15  # as it is without merging
+
+
+def test_a_small_registry_of_independent_numbers_has_no_shortcut_and_one_with_a_copy_has_it():
+    described = dictionary(number("a", 0, 23, 0), number("b", 0, 23, 0), number("c", 0, 23, 0))
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(0, 24, 80).astype(float) for _ in "ab")
+    schema = derive_schema(count({"a": a, "b": b, "c": a}, described), described, SETTINGS)
+    assert schema.shortcuts == {"a": ("c",), "b": (), "c": ("a",)}
+    assert schema.mi["a"]["c"] == 1.0 and schema.mi["a"]["b"] < 0.15
 
 
 @pytest.mark.parametrize("threshold", [0.02, 0.3, 0.7])
