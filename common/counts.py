@@ -23,11 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dictionary import Dictionary, Feature
-from .errors import DictionaryError, ProtocolError
+from .errors import ProtocolError
 
 FINE_BINS = 192  # at most, for the mixtures of numbers; with "missing" a code fits in uint8
 COARSE_BINS = 24  # at most, for the pairs: plug-in mutual information is biased by about bins² / (2 × patients)
-MAX_LEVELS = 254
 CHUNK_ROWS = 1 << 16  # codes of a pair stay in the processor's cache
 
 Integers = NDArray[np.int64]
@@ -55,19 +54,8 @@ class Grid:
 
 
 def grid(feature: Feature) -> Grid:
-    """The grid of a number: its plausible range at its decimals.
-
-    Raises:
-        DictionaryError: fewer than two values between low and high at these decimals.
-    """
-    low, high = feature.bounds
-    step = 10.0**-feature.decimals
-    first, last = int(np.ceil(low / step - 1e-6)), int(np.floor(high / step + 1e-6))
-    if last <= first:
-        raise DictionaryError(
-            f"feature '{feature.name}': expected at least two values between low = {low:g} and high = {high:g} "
-            f"with decimals = {feature.decimals}"
-        )
+    """The grid of a number: its plausible range at its decimals."""
+    first, last = feature.grid_ends
     return Grid(first, last, feature.decimals)
 
 
@@ -92,16 +80,8 @@ class Bins:
 
     @classmethod
     def of(cls, feature: Feature) -> Self:
-        """Equal bins on the feature's scale, from the dictionary alone.
-
-        Raises:
-            DictionaryError: too many levels, or no grid.
-        """
+        """Equal bins on the feature's scale, from the dictionary alone."""
         if feature.kind == "category":
-            if len(feature.levels) > MAX_LEVELS:
-                raise DictionaryError(
-                    f"feature '{feature.name}': expected at most {MAX_LEVELS} levels, got {len(feature.levels)}"
-                )
             return cls(len(feature.levels), 1, np.empty(0))
         values = grid(feature)
         low, high = values.first - 0.5, values.last + 0.5

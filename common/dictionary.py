@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +31,19 @@ Name = Annotated[str, Field(min_length=1, pattern=r"^[^\r\n]+$")]
 # share of itself: 5 significant digits. Tight enough to tell a fill-in pH of 7.4 from a measured one kept as 7.3994;
 # write sentinels as the table holds them. 0 matches 0 only.
 SENTINEL_RELATIVE_TOLERANCE = 5e-5
+MAX_LEVELS = 254  # with "missing" a level's number fits in uint8, in which a site counts (common/counts.py)
+_WHOLE = re.compile(r"(-?\d+)\.0+")
+
+
+def level_code(cell: str) -> str:
+    """A code as cells are read: no space around it, whole numbers without a point, so that 1, 1.0 and "1.0" are one.
+
+    >>> level_code(" 2.0 "), level_code("2.50"), level_code("2.0.0")
+    ('2', '2.50', '2.0.0')
+    """
+    cell = cell.strip()
+    whole = _WHOLE.fullmatch(cell)
+    return whole[1] if whole else cell
 
 
 class Feature(Frozen):
@@ -50,6 +65,8 @@ class Feature(Frozen):
     known_at: Annotated[float, Field(ge=0)] = 0.0  # days since admission when the value is known
     hide: tuple[str, ...] = ()  # features never shown when this one is the target
     question: str | None = None  # outcomes: the question, in full
+    # A person has looked: neither the column's name nor its cells identify a patient, whatever they look like.
+    not_identifying: bool = False
     reason: str | None = None  # excluded columns: why
 
     @property
@@ -68,6 +85,14 @@ class Feature(Frozen):
         if self.low is None or self.high is None:
             raise DictionaryError(f"feature '{self.name}' has no plausible range")
         return self.low, self.high
+
+    @property
+    def grid_ends(self) -> tuple[int, int]:
+        """First and last value that a number can have, inclusive, in steps of its decimals."""
+        low, high = self.bounds
+        step = 10.0**-self.decimals
+        first, last = math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6)
+        return (max(first, 1) if self.scale == "log" else first), last
 
     @model_validator(mode="after")
     def a_role_has_what_it_needs(self) -> Self:
@@ -96,16 +121,42 @@ class Feature(Frozen):
                 raise ValueError(f"expected low < high, got {self.low:g} and {self.high:g}")
             if self.scale == "log" and self.low <= 0:
                 raise ValueError(f"scale = 'log' needs low > 0, got {self.low:g}")
+            first, last = self.grid_ends
+            if last <= first:
+                raise ValueError(
+                    f"expected at least two values between low = {self.low:g} and high = {self.high:g} with decimals = "
+                    f"{self.decimals}: the schema counts values in steps of the decimals"
+                )
             return self
         if self.low is not None or self.high is not None:
             raise ValueError("low and high belong to kind = 'number'")
         if len(self.levels) < 2:
             raise ValueError(f"a category needs at least 2 levels, got {len(self.levels)}: it would have one answer")
+        if len(self.levels) > MAX_LEVELS:
+            raise ValueError(f"expected at most {MAX_LEVELS} levels, got {len(self.levels)}: group them")
         if any(not label.strip() for label in self.levels.values()):
             raise ValueError("a level has an empty label")
         if len(set(self.levels.values())) < len(self.levels):
             raise ValueError("two levels have the same label: as options they could not be told apart")
         return self
+
+    @model_validator(mode="after")
+    def codes_and_sentinels_are_written_as_cells_are_read(self) -> Self:
+        words = [mark for mark in self.sentinels if isinstance(mark, str)]
+        for what, word in [*(("level code", code) for code in self.levels), *(("sentinel", word) for word in words)]:
+            if level_code(word) != word:
+                raise ValueError(f"{what} '{word}' is never found: cells are read as '{level_code(word)}', write that")
+        for word in words if self.kind == "number" else ():
+            if _is_number(word):
+                raise ValueError(f"sentinel '{word}' of a number is text: write {word}, without quotes")
+        return self
+
+
+def _is_number(word: str) -> bool:
+    try:
+        return math.isfinite(float(word))
+    except ValueError:
+        return False
 
 
 class Dictionary(Frozen):

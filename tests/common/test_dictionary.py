@@ -100,6 +100,14 @@ def test_roles_are_found():
         (changed(4, question=None), "feature 'dead': an outcome needs question"),
         (changed(4, known_at=0), "outcome 'dead' has known_at = 0, but no feature is known before"),
         (changed(4, hide=["nobody"]), "feature 'dead' hides 'nobody', which the dictionary does not have"),
+        (changed(1, low=0.2, high=0.9), "feature 'age': expected at least two values between low = 0.2 and high = 0.9"),
+        (changed(1, sentinels=["99"]), "feature 'age': sentinel '99' of a number is text: write 99, without quotes"),
+        (changed(3, sentinels=["not done "]), "sentinel 'not done ' is never found: cells are read as 'not done'"),
+        (changed(2, levels={str(i): f"level {i}" for i in range(255)}), "'sex': expected at most 254 levels, got 255"),
+        (
+            changed(2, levels={"1.0": "male", "2.0": "female"}),
+            "'sex': level code '1.0' is never found: cells are read as '1', write that",
+        ),
         (changed(5, reason=None), "feature 'los': an excluded column needs reason"),
         (changed(0, role="excluded", reason="x"), "expected one feature with role = 'id' (the patient), got none"),
     ],
@@ -110,6 +118,17 @@ def test_a_contradiction_is_one_line_that_names_the_entry(data: dict[str, Any], 
     text = str(caught.value)
     assert text.startswith("small.toml: ") and line in text
     assert "\n" not in text and len(text) < 300
+
+
+def test_the_largest_category_and_the_shortest_grid_are_accepted():
+    parse_dictionary(changed(2, levels={str(i): f"level {i}" for i in range(254)}), "x")
+    narrow = parse_dictionary(changed(1, low=0.2, high=2.1, sentinels=[99, "unknown"]), "x")
+    assert narrow.feature("age").grid_ends == (1, 2)
+
+
+def test_a_geometric_grid_begins_above_zero():
+    feature = parse_dictionary(changed(3, low=1e-7, decimals=1), "x").feature("lactate")
+    assert feature.grid_ends[0] == 1
 
 
 def test_no_usable_feature_is_refused():

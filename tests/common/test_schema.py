@@ -9,7 +9,7 @@ from sklearn.metrics import mutual_info_score
 from wardround.common.config import QuestionsConfig
 from wardround.common.counts import COARSE_BINS, FINE_BINS, Bins, Counts, count, grid
 from wardround.common.dictionary import Dictionary, Feature
-from wardround.common.errors import DictionaryError, ProtocolError, RegistryError, VerificationError
+from wardround.common.errors import ProtocolError, RegistryError, VerificationError
 from wardround.common.schema import Schema, dense, derive_schema, mutual_information, share_given_away
 
 SETTINGS = QuestionsConfig()
@@ -252,13 +252,6 @@ def test_a_registry_with_nothing_to_ask_is_refused_in_one_line():
     data["died"][4:] = 0
     with pytest.raises(RegistryError, match=r"no usable feature: .*no value is known at any site"):
         derive_schema(count(data, DICTIONARY), DICTIONARY, SETTINGS)
-
-
-def test_dictionary_entries_that_cannot_be_binned_are_refused():
-    with pytest.raises(DictionaryError, match="at most 254 levels"):
-        Bins.of(category("many", {str(i): f"Level {i}" for i in range(255)}))
-    with pytest.raises(DictionaryError, match="at least two values"):
-        Bins.of(number("x", 0.2, 0.9, 0))
 
 
 def test_counts_of_different_dictionaries_do_not_mix():
