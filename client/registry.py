@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..common.config import MappingConfig
-from ..common.dictionary import SENTINEL_RELATIVE_TOLERANCE, Dictionary, Feature
+from ..common.dictionary import SENTINEL_RELATIVE_TOLERANCE, Dictionary, Feature, level_code
 from ..common.errors import ConfigError, RegistryError
 from . import tables
 from .tables import MISSING_WORDS
@@ -154,15 +154,30 @@ def usable(column: np.ndarray) -> bool:
 
 
 def check_mapping(mapping: MappingConfig, dictionary: Dictionary) -> None:
-    """Raises ConfigError when the mapping names what the dictionary does not have."""
+    """Raises ConfigError when the mapping names what the dictionary does not have, or one column or code twice."""
     for section in ("columns", "units", "levels"):
         for name in getattr(mapping, section):
             if name not in dictionary:
                 raise ConfigError(f"mapping.{section}: dictionary '{dictionary.name}' has no entry '{name}'")
+    owner: dict[str, str] = {}
+    for feature in dictionary.features:
+        local = mapping.columns.get(feature.name, feature.name)
+        if feature.role != "excluded" and local and owner.setdefault(local, feature.name) != feature.name:
+            raise ConfigError(
+                f"mapping.columns: '{owner[local]}' and '{feature.name}' would both be read from this table's column "
+                f"'{local}'; name the column of each, or map the one that is not collected to \"\""
+            )
     for name, unit in mapping.units.items():
         conversion(dictionary.feature(name), unit)
     for name, codes in mapping.levels.items():
         feature = dictionary.feature(name)
+        read_as: dict[str, str] = {}
+        for code in codes:
+            if read_as.setdefault(level_code(code), code) != code:
+                raise ConfigError(
+                    f"mapping.levels: feature '{name}': codes '{read_as[level_code(code)]}' and '{code}' are one code: "
+                    f"cells are read as '{level_code(code)}'"
+                )
         for target in codes.values():
             if target and target not in feature.levels:
                 known = ", ".join(f"'{code}'" for code in feature.levels)
@@ -205,10 +220,10 @@ def local_columns(
 
 
 def words_of(table: str, data: pa.Table, column: str, what: str) -> np.ndarray:
-    """A column of names (patient, site) as (rows,) object array of str; none may be empty.
+    """A column of names (patient, site) as (rows,) object array of str; none may be empty or hold a line break.
 
     Raises:
-        RegistryError: an empty cell, with its row.
+        RegistryError: an empty cell, or one with a line break, with its row.
     """
     codes, words = tables.codes_of(data.column(column))
     empty = np.array([word in MISSING_WORDS for word in words] + [True])
@@ -216,6 +231,12 @@ def words_of(table: str, data: pa.Table, column: str, what: str) -> np.ndarray:
     if blank.size:
         raise RegistryError(
             f"{table}: column '{column}': the {what} is empty in {tables.rows_text(blank)}; every row needs one"
+        )
+    broken = np.flatnonzero(np.array(["\n" in word or "\r" in word for word in words])[codes])
+    if broken.size:  # two unclosed quotation marks read as one cell, and the rows between them would be lost
+        raise RegistryError(
+            f"{table}: column '{column}': the {what} in {tables.rows_text(broken)} holds a line break; look for an "
+            f"unclosed quotation mark"
         )
     return np.array(words, dtype=object)[codes]
 
@@ -280,6 +301,8 @@ def read_levels(column: pa.ChunkedArray, feature: Feature, codes: Mapping[str, s
     marks = {mark if isinstance(mark, str) else tables.number_word(mark) for mark in feature.sentinels}
     place = np.full(len(words) + 1, -1, np.int16)  # the last entry is what code -1, a null, picks
     is_mark, is_unknown = np.zeros(len(words) + 1, bool), np.zeros(len(words) + 1, bool)
+    if codes is not None:
+        codes = {level_code(code): target for code, target in codes.items()}
     for i, word in enumerate(words):
         if codes is not None:
             word = codes.get(word, word if word in MISSING_WORDS or word in marks else "\0")

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
+from ..common.dictionary import level_code
 from ..common.errors import RegistryError
 
 # Cells that mean "no value" in any column, unless the dictionary lists the word as a level.
@@ -52,11 +53,15 @@ def columns_of(table: Path) -> list[str]:
     """Column names in order, duplicates kept; reads the header only.
 
     Raises:
-        RegistryError: no such file, unknown kind, empty, not UTF-8, damaged.
+        RegistryError: no such file, unknown kind, empty, not UTF-8, damaged, a line break in a name.
     """
-    if not _is_text(table):
-        return list(_schema(table).names)
-    return header(table)[1]
+    names = header(table)[1] if _is_text(table) else list(_schema(table).names)
+    for number, name in enumerate(names, start=1):
+        if "\n" in name or "\r" in name:
+            raise RegistryError(
+                f"{table}: the name of column {number} holds a line break; look for an unclosed quotation mark"
+            )
+    return names
 
 
 def _schema(table: Path) -> pa.Schema:
@@ -77,7 +82,10 @@ def header(table: Path) -> tuple[str, list[str]]:
         first = stream.readline()
         delimiter = max(_DELIMITERS, key=first.count)
         stream.seek(0)
-        names = next(csv.reader(stream, delimiter=delimiter), [])
+        try:
+            names = next(csv.reader(stream, delimiter=delimiter), [])
+        except csv.Error:  # a name longer than csv reads: it goes on to the next quotation mark, or to the end
+            raise RegistryError(f"{table}: the header: a quotation mark is not closed") from None
     if not any(names):
         raise RegistryError(f"{table}: the first line has no column names")
     if odd_quotes:
@@ -113,9 +121,11 @@ def read(table: Path, columns: list[str], numbers: list[str]) -> pa.Table:
     """
     if not _is_text(table):
         try:
-            return pq.read_table(table, columns=columns)
+            data = pq.read_table(table, columns=columns)
         except (pa.ArrowException, OSError):
             raise RegistryError(f"{table}: damaged Parquet file; write it again from its source") from None
+        _refuse_nested(table, data)
+        return data
     delimiter, _ = header(table)
     text = pa.dictionary(pa.int32(), pa.string())
     types: dict[str, pa.DataType] = dict.fromkeys(columns, text) | {name: pa.float64() for name in numbers}
@@ -128,6 +138,18 @@ def read(table: Path, columns: list[str], numbers: list[str]) -> pa.Table:
         return _read_text(table, delimiter, columns, dict.fromkeys(columns, text))
     except pa.ArrowInvalid:
         raise RegistryError(f"{table}: not a readable CSV file: look for an unclosed quotation mark") from None
+
+
+def _refuse_nested(table: Path, data: pa.Table) -> None:
+    """Raises for a column whose cells are no numbers, words or times: lists, structs, maps."""
+    for field in data.schema:
+        try:
+            pa.array([], field.type).dictionary_encode()
+        except pa.ArrowNotImplementedError:
+            raise RegistryError(
+                f"{table}: column '{field.name}': expected a number or a word in each cell, got type {field.type}; "
+                f"leave it out of the table, or write a column for each part"
+            ) from None
 
 
 def _read_text(table: Path, delimiter: str, columns: list[str], types: dict[str, pa.DataType]) -> pa.Table:
@@ -210,6 +232,15 @@ def _parse(words: list[str], missing: frozenset[str]) -> tuple[np.ndarray, np.nd
     return values, bad
 
 
+def rows_with(column: pa.ChunkedArray, wanted: frozenset[str]) -> int:
+    """How many cells of a text column are one of these words; 0 for columns of numbers."""
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not wanted or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        return 0
+    codes, words = codes_of(column)
+    return int(np.isin(codes, [i for i, word in enumerate(words) if word in wanted]).sum())
+
+
 def number_word(value: float) -> str:
     """A number as a level code: whole numbers without a point, so that 1, 1.0 and "1.0" are one code."""
     return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else repr(float(value))
@@ -220,11 +251,7 @@ def _word(value: object) -> str:
         return "True" if value else "False"  # as pandas writes them to CSV
     if isinstance(value, int | float):
         return number_word(value)
-    word = str(value).strip()
-    if word.endswith((".0", ".00")):
-        whole = word.split(".")[0]
-        return whole if whole.lstrip("-").isdigit() else word
-    return word
+    return level_code(value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value))
 
 
 def codes_of(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:

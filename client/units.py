@@ -2,12 +2,14 @@
 
 Run at one hospital when `[mapping] units` in site.toml names a local unit. Nothing leaves. Concentrations depend on
 the substance (1 mg/dL of creatinine is 88.42 µmol/L, of bilirubin 17.10), which is told from the entry's name and
-label; where that fails, the person gives the factor.
+label, never from its description, which may mention others; where none or several are meant, the person gives the
+factor.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,6 +28,8 @@ _ANY: dict[tuple[str, str], tuple[float, float]] = {
     ("in", "cm"): (2.54, 0.0),
     ("in", "m"): (0.0254, 0.0),
     ("g/l", "g/dl"): (0.1, 0.0),
+    ("g/l", "mg/dl"): (100.0, 0.0),
+    ("g/dl", "mg/dl"): (1000.0, 0.0),
     ("l/24h", "ml/24h"): (1000.0, 0.0),
     ("l/l", "%"): (100.0, 0.0),
     ("fraction", "%"): (100.0, 0.0),
@@ -33,7 +37,6 @@ _ANY: dict[tuple[str, str], tuple[float, float]] = {
     ("ug/l", "mg/dl"): (0.0001, 0.0),
     ("umol/l", "mmol/l"): (0.001, 0.0),
     ("nmol/l", "umol/l"): (0.001, 0.0),
-    ("meq/l", "mmol/l"): (1.0, 0.0),  # sodium, potassium, chloride, bicarbonate: one charge
     ("10^3/ul", "10^9/l"): (1.0, 0.0),
     ("/ul", "10^9/l"): (0.001, 0.0),
     ("/ul", "10^3/ul"): (0.001, 0.0),
@@ -41,23 +44,37 @@ _ANY: dict[tuple[str, str], tuple[float, float]] = {
     ("days", "years"): (1 / 365.25, 0.0),
     ("hours", "days"): (1 / 24, 0.0),
 }
-# mmol/L for 1 mg/dL: 10 / molar mass (g/mol). Urea is counted as urea nitrogen (28.01) where the entry says so.
-_SUBSTANCES: tuple[tuple[str, float], ...] = (
-    (r"creat", 10 / 113.12),
-    (r"bili", 10 / 584.66),
-    (r"gluc|glut|sugar", 10 / 180.156),
-    (r"urea nitrogen|\bbun\b", 10 / 28.014),
-    (r"\burea\b", 10 / 60.056),
-    (r"triglycer|\btrig\b", 10 / 885.7),
-    (r"chol|\bhdl\b|\bldl\b", 10 / 386.65),
-    (r"uric|urate", 10 / 168.11),
-    (r"lactate", 10 / 90.08),
-    (r"calcium", 10 / 40.078),
-    (r"magnes", 10 / 24.305),
-    (r"phosph", 10 / 30.974),
-    (r"homocyst", 10 / 135.18),
+
+
+@dataclass(frozen=True)
+class _Substance:
+    """What a concentration is of, found by words of an entry's name and label."""
+
+    pattern: str
+    molar_mass: float  # g/mol
+    charge: int | None = None  # mEq in a mmol, where laboratories report mEq
+
+
+_SUBSTANCES = (
+    _Substance(r"[ck]rea(t(inine?)?)?", 113.12),
+    _Substance(r"bili(rubin)?", 584.66),
+    _Substance(r"gluc(ose)?|blood sugar", 180.156),
+    _Substance(r"urea nitrogen|bun", 28.014),  # the nitrogen alone is counted
+    _Substance(r"urea(?!.*\burea nitrogen)(?! nitrogen)", 60.056),
+    _Substance(r"triglycerides?|trig", 885.7),
+    _Substance(r"chol(esterol)?|hdl|ldl", 386.65),
+    _Substance(r"uric acid|urate", 168.11),
+    _Substance(r"lactate|lact", 90.08),
+    _Substance(r"calcium", 40.078, 2),
+    _Substance(r"magnesium", 24.305, 2),
+    _Substance(r"phosphate|phosphorus", 30.974),  # reported as phosphorus
+    _Substance(r"homocyst(eine)?", 135.18),
+    _Substance(r"sodium", 22.990, 1),
+    _Substance(r"potassium", 39.098, 1),
+    _Substance(r"chloride", 35.453, 1),
+    _Substance(r"bicarb(onate)?|hco ?3", 61.017, 1),
+    _Substance(r"ha?emoglobin|hb|hgb", 16_114.0),  # of the monomer, as Dutch and Danish laboratories report it
 )
-_HAEMOGLOBIN_MMOL_L_PER_G_DL = 0.6206  # monomer, as Dutch and Danish laboratories report it
 
 _SAME = {
     "°c": "degc", "c": "degc", "celsius": "degc", "°f": "degf", "f": "degf", "fahrenheit": "degf",
@@ -115,20 +132,38 @@ def conversion(feature: Feature, local: str | float) -> tuple[float, float]:
     found = _direct(source, target)
     if found is not None:
         return found
-    text = f"{feature.name} {feature.label} {feature.description}".lower()
-    if re.search(r"h(a)?emoglobin|\bhb\b", text) and {source, target} == {"g/dl", "mmol/l"}:
-        per = _HAEMOGLOBIN_MMOL_L_PER_G_DL
-        return (per, 0.0) if target == "mmol/l" else (1 / per, 0.0)
-    for pattern, mmol_per_mg_dl in _SUBSTANCES:
-        if not re.search(pattern, text):
-            continue
-        # By way of mg/dL and mmol/L: local → one of the two → across → target.
-        for side, other, across in (("mg/dl", "mmol/l", mmol_per_mg_dl), ("mmol/l", "mg/dl", 1 / mmol_per_mg_dl)):
-            first, last = _direct(source, side), _direct(other, target)
-            if first is not None and last is not None:
-                return first[0] * across * last[0], 0.0
-        break
-    raise ConfigError(f"{where}: no conversion from '{local}' to '{feature.unit}' is known; give a factor instead")
+    substances = _substances(feature)
+    if len(substances) == 1:
+        factor = _by_substance(source, target, substances[0])
+        if factor is not None:
+            return factor, 0.0
+    why = f"; its name and label name {len(substances)} substances" if len(substances) > 1 else ""
+    raise ConfigError(f"{where}: no conversion from '{local}' to '{feature.unit}' is known{why}; give a factor instead")
+
+
+def _substances(feature: Feature) -> list[_Substance]:
+    """The substances that an entry's name and label name: `crea1`, "Urea nitrogen"."""
+    # Words apart, digits at their end off: "bili1" is about bilirubin, "bilirubinuria" is not.
+    text = re.sub(r"[^a-z0-9]+", " ", f"{feature.name} | {feature.label}".lower())
+    return [found for found in _SUBSTANCES if re.search(rf"\b(?:{found.pattern})\d*\b", text)]
+
+
+def _by_substance(source: str, target: str, substance: _Substance) -> float | None:
+    """The factor by way of mmol/L: source → mmol/L → target."""
+    to_mmol_l: list[float] = []
+    for unit in (source, target):
+        for known, factor in (
+            ("mmol/l", 1.0),
+            ("mg/dl", 10 / substance.molar_mass),
+            ("meq/l", 1 / substance.charge if substance.charge else None),
+        ):
+            direct = _direct(unit, known)
+            if direct is not None and factor is not None:
+                to_mmol_l.append(direct[0] * factor)
+                break
+        else:
+            return None
+    return to_mmol_l[0] / to_mmol_l[1]
 
 
 _LOCAL_UNITS = (
@@ -137,13 +172,15 @@ _LOCAL_UNITS = (
 )  # fmt: skip
 
 
-def plausible_unit(feature: Feature, raw: np.ndarray, wanted: float = 0.95) -> str | None:
-    """The local unit under which at least `wanted` of the values would lie in the plausible range, or None.
+_WANTED_SHARE = 0.95
+
+
+def plausible_unit(feature: Feature, raw: np.ndarray) -> str | None:
+    """The local unit under which nearly all values would lie in the plausible range, or None.
 
     Args:
         feature: a number of the dictionary.
         raw: float64 (rows,), values as in the table, NaN missing.
-        wanted: share of the values that must fit.
     """
     low, high = feature.bounds
     known = raw[~np.isnan(raw)]
@@ -155,6 +192,6 @@ def plausible_unit(feature: Feature, raw: np.ndarray, wanted: float = 0.95) -> s
             continue  # this pair has no conversion: not a candidate
         converted = known * factor + offset
         fits = float(np.mean((converted >= low) & (converted <= high))) if known.size else 0.0
-        if factor != 1.0 and fits >= wanted and (best is None or fits > best[0]):
+        if factor != 1.0 and fits >= _WANTED_SHARE and (best is None or fits > best[0]):
             best = (fits, unit)
     return best[1] if best else None

@@ -19,7 +19,6 @@ from wardround.client.registry import (
     split_rows,
     write_registry,
 )
-from wardround.client.units import conversion
 from wardround.common.config import MappingConfig
 from wardround.common.dictionary import Dictionary, Feature, parse_dictionary
 from wardround.common.errors import ConfigError, RegistryError
@@ -100,8 +99,8 @@ def test_booleans_and_dictionaries_of_parquet_are_codes(tmp_path):
 
 
 def test_quoted_cells_may_hold_delimiters_and_line_breaks(tmp_path):
-    path = csv(tmp_path, '"a,1",east,40,1,1.0,0', '"b\n2",west,50,2,1.0,1')
-    assert read_registry(path, dictionary()).patients.tolist() == ["a,1", "b\n2"]
+    path = csv(tmp_path, '"a,1",east,40,1,1.0,0,"x"', 'b,west,50,2,1.0,1,"two\nlines"', header=HEADER + ",remark")
+    assert read_registry(path, dictionary()).patients.tolist() == ["a,1", "b"]
 
 
 def test_a_quotation_mark_inside_a_plain_cell_is_text(tmp_path):
@@ -131,6 +130,8 @@ def test_a_sentinel_word_in_a_number_column_is_missing(tmp_path):
         (["a,e,40,40,1,1,0"], "pid,ward,age,age,sex,crea,dead", "column 'age' occurs 2 times; keep one"),
         ([], HEADER, "the table has no rows"),
         (["a,e,,,,0", "b,e,,,,1"], HEADER, "no usable feature: every feature of dictionary 'small' is missing"),
+        (['"a,e,40,1,1,0', "b,e,41,2,1,1", 'c",e,42,1,1,0'], HEADER, "column 'pid': the patient id in row 1 holds a "
+         "line break; look for an unclosed quotation mark"),
         (["a,e,inf,1,1,0"], HEADER, "column 'age': row 1: expected a number, got infinity"),
     ],
 )  # fmt: skip
@@ -168,6 +169,8 @@ def test_a_bad_byte_after_many_megabytes_names_its_row(tmp_path):
         ("t.csv", b"\n\n", "the first line has no column names"),
         ("t.csv", HEADER.encode() + b'\na,e,40,1,"1.0,0\n', "row 1: a quotation mark is not closed"),
         ("t.csv", b'pid,"ward,age\na,e,40\n', "the header: a quotation mark is not closed"),
+        ("t.csv", b'pid,"ward,age\n' + b"a,e,40\n" * 30_000, "the header: a quotation mark is not closed"),
+        ("t.csv", b'pid,"ward,age\na,"e,40\n', "the name of column 2 holds a line break; look for an unclosed"),
     ],
 )
 def test_a_damaged_file_is_one_line(tmp_path, name: str, content: bytes, line: str):
@@ -190,6 +193,43 @@ def test_a_parquet_cut_short_is_refused(tmp_path):
     (tmp_path / "t.parquet").write_bytes(whole[:40] + b"\0" * (len(whole) - 80) + whole[-40:])
     with pytest.raises(RegistryError, match="damaged"):
         read_registry(tmp_path / "t.parquet", dictionary())
+
+
+@pytest.mark.parametrize("cells", [[[1.0], [2.0]], [{"x": 1.0}, {"x": 2.0}]], ids=["list", "struct"])
+def test_lists_and_structs_of_parquet_are_refused_where_they_would_be_read(tmp_path, cells: list):
+    columns = {"pid": ["a", "b"], "ward": ["e", "e"], "age": [40, 50], "sex": [1, 2], "dead": [0, 1]}
+    pq.write_table(pa.table({**columns, "crea": pa.array(cells)}), tmp_path / "t.parquet")
+    with pytest.raises(RegistryError, match=r"column 'crea': expected a number or a word in each cell, got type "):
+        read_registry(tmp_path / "t.parquet", dictionary())
+    pq.write_table(pa.table({**columns, "crea": [1.0, 2.0], "other": pa.array(cells)}), tmp_path / "t.parquet")
+    assert len(read_registry(tmp_path / "t.parquet", dictionary())) == 2  # a column that is not asked for may be one
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        ({"age": "pid"}, "'pid' and 'age' would both be read from this table's column 'pid'"),
+        ({"pid": "nr", "crea": "nr"}, "'pid' and 'crea' would both be read from this table's column 'nr'"),
+        ({"crea": "age"}, "'age' and 'crea' would both be read from this table's column 'age'"),
+    ],
+)
+def test_two_entries_are_never_read_from_one_column(tmp_path, columns: dict[str, str], line: str):
+    with pytest.raises(ConfigError, match=line):
+        read_registry(csv(tmp_path, *ROWS), dictionary(), MappingConfig(columns=columns))
+
+
+def test_columns_may_be_exchanged_and_one_that_is_excluded_read_as_another(tmp_path):
+    path = csv(tmp_path, *[row + ",50" for row in ROWS], header=HEADER + ",los")
+    registry = read_registry(path, dictionary(), MappingConfig(columns={"age": "los", "crea": ""}))
+    assert registry.values["age"].tolist() == [50.0] * 4
+
+
+def test_local_codes_are_found_however_they_are_written(tmp_path):
+    path = csv(tmp_path, "a,e,40,10.0,1,0", "b,e,41,20,1,1")
+    codes = {"sex": {"10": "1", "20.0": "2"}}
+    assert read_registry(path, dictionary(), MappingConfig(levels=codes)).values["sex"].tolist() == [0, 1]
+    with pytest.raises(ConfigError, match=r"codes '10' and '10\.0' are one code: cells are read as '10'"):
+        read_registry(path, dictionary(), MappingConfig(levels={"sex": {"10": "1", "10.0": "2"}}))
 
 
 def test_a_mapping_renames_converts_and_recodes(tmp_path):
@@ -237,33 +277,6 @@ def test_a_mapping_that_does_not_fit_is_refused(tmp_path, mapping: dict, line: s
     with pytest.raises(ConfigError) as caught:
         read_registry(csv(tmp_path, *ROWS), dictionary(), MappingConfig(**mapping))
     assert line in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("label", "unit", "local", "value", "expected"),
-    [
-        ("Creatinine", "mg/dL", "µmol/L", 88.4, 1.0),
-        ("Creatinine", "µmol/L", "mg/dL", 1.0, 88.4),
-        ("Bilirubin", "mg/dL", "umol/l", 17.1, 1.0),
-        ("Glucose", "mmol/L", "mg/dL", 90.0, 5.0),
-        ("Blood urea nitrogen", "mg/dL", "mmol/L", 10.0, 28.01),
-        ("Urea", "mmol/L", "mg/dL", 60.06, 10.0),
-        ("Total cholesterol", "mmol/L", "mg/dL", 193.3, 5.0),
-        ("Triglycerides", "mmol/L", "mg/dL", 88.57, 1.0),
-        ("Temperature", "°C", "°F", 98.6, 37.0),
-        ("PaCO2", "mmHg", "kPa", 5.333, 40.0),
-        ("Albumin", "g/dL", "g/L", 35.0, 3.5),
-        ("Haemoglobin", "g/dL", "mmol/L", 6.206, 10.0),
-        ("Weight", "kg", "lb", 220.5, 100.0),
-        ("Height", "m", "cm", 175.0, 1.75),
-        ("Sodium", "mmol/L", "mEq/L", 140.0, 140.0),
-        ("White blood cells", "10^9/L", "10^3/µL", 9.0, 9.0),
-    ],
-)
-def test_units_convert_as_laboratories_do(label: str, unit: str, local: str, value: float, expected: float):
-    feature = Feature(name="x", label=label, section="S", kind="number", unit=unit, low=0.001, high=1e6, decimals=6)
-    factor, offset = conversion(feature, local)
-    assert value * factor + offset == pytest.approx(expected, rel=2e-3)
 
 
 @given(st.lists(st.floats(-50, 150) | st.just(float("nan")), min_size=1, max_size=50), st.integers(0, 3))
