@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,13 +45,15 @@ from ..common.messages import (
 from ..common.question import LETTERS, Question
 from ..common.seeds import derive_seed
 from ..common.statistics import Tally
-from . import policy, update
+from . import local_report, policy, update
 from .folder import Site, SiteRun, TrainingPatients, parse_manifest, parse_schema
 
 if TYPE_CHECKING:
     from ..common.lm.models import LanguageModel
 
 EVALUATED = ("base", "warmup", "final")
+# Called with (site, steps done, steps) in local training; set by a process that runs sites and shows their progress.
+on_step: Callable[[str, int, int], None] | None = None
 
 
 def warm_up(site: Site, instruction: WarmupInstruction) -> WarmupReply:
@@ -127,10 +130,20 @@ def _train(run: SiteRun, instruction: TrainInstruction, input_digest: str) -> up
     update.claim(run.folder, instruction.round_index, input_digest)
     from .grpo import train_local_round  # trl takes seconds: not before everything was checked
 
+    def tell(done: int, steps: int, _reward: float) -> None:
+        if on_step is not None:
+            on_step(name, done, steps)
+
     index = instruction.round_index
     seed = derive_seed(run.config.seed, "train", name, index)
     result = train_local_round(
-        run.language_model(model), source, run.template, run.config, seed=seed, round_index=index, on_step=None
+        run.language_model(model),
+        source,
+        run.template,
+        run.config,
+        seed=seed,
+        round_index=index,
+        on_step=tell,
     )
     return update.StoredUpdate(
         input_digest=input_digest,
@@ -204,10 +217,20 @@ def _evaluate(run: SiteRun, instruction: EvaluateInstruction) -> EvaluateReply:
     outcomes["warmup"] = evaluate_questions(lm, questions, run.template, run.config)
     lm.set_vector(final.full, trainable_only=False)
     outcomes["final"] = evaluate_questions(lm, questions, run.template, run.config)
-    samples = "[]"
-    if policy.shares_samples(run.site.config.policy, run.site.dictionary):
-        samples = json.dumps(_samples(run, lm, questions, outcomes), sort_keys=True)
-    return EvaluateReply(**run.head, samples=samples, tally=Tally.of(questions, outcomes, schema.names).to_vector())
+    tally, samples = Tally.of(questions, outcomes, schema.names), _samples(run, lm, questions, outcomes)
+    local_report.write(
+        run.folder / "report.html",
+        site=run.site.config.name,
+        run_id=instruction.run_id,
+        tally=tally,
+        labels={feature.name: feature.label for feature in run.site.dictionary.features},
+        samples=samples,
+        answer_only=run.config.questions.reasoning_tokens == 0,
+    )
+    shared = policy.shares_samples(run.site.config.policy, run.site.dictionary)
+    return EvaluateReply(
+        **run.head, samples=json.dumps(samples, sort_keys=True) if shared else "[]", tally=tally.to_vector()
+    )
 
 
 def finalize(site: Site, instruction: FinalizeInstruction) -> FinalizeReply:
@@ -236,13 +259,16 @@ def _input_digest(instruction: Instruction, *more: str) -> str:
 def _samples(
     run: SiteRun, lm: LanguageModel, questions: list[Question], outcomes: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """The first questions with what base and final model wrote and chose; only for public registries."""
+    """The first questions with what base and final model chose and wrote.
+
+    Where answers are scored by their text, the text is that one; else the models are asked to think aloud beside.
+    """
     from .evaluation import sample_reasoning
 
     shown = questions[: run.config.evaluation.samples]
     if not shown:
         return []
-    tokens = run.config.evaluation.sample_tokens
+    tokens = run.config.questions.reasoning_tokens or run.config.evaluation.sample_tokens
     with lm.base_only():
         texts = {"base": sample_reasoning(lm, shown, run.template, tokens)}
     texts["final"] = sample_reasoning(lm, shown, run.template, tokens)
@@ -255,9 +281,14 @@ def _samples(
             "options": list(question.options),
             "answer": LETTERS[question.answer],
             "models": {
-                name: {"chosen": LETTERS[int(outcomes[name].chosen[index])], "text": written[index]}
+                name: {"chosen": _letter(int(outcomes[name].chosen[index])), "text": written[index]}
                 for name, written in texts.items()
             },
         }
         for index, question in enumerate(shown)
     ]
+
+
+def _letter(chosen: int) -> str:
+    """A choice as a person reads it; "–" for −1, an answer that is no option."""
+    return LETTERS[chosen] if chosen >= 0 else "–"

@@ -7,6 +7,7 @@ importing torch for a help page would cost seconds.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -19,7 +20,7 @@ from .errors import WardroundError
 
 ENTRY_POINT_GROUP = "wardround.commands"
 _SHORT_HELP = {
-    "client": "One hospital: check a registry, see its questions, take part in a run.",
+    "client": "One hospital: its registry, dictionary and questions; the final model it gets from a run.",
     "evaluate": "Score a model folder on a registry's held-out patients.",
     "server": "The coordinator: public warm-up, rounds, final model, report.",
     "simulate": "Hospitals and coordinator on this one machine.",
@@ -78,6 +79,12 @@ def quiet_third_parties() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def limit_threads(threads: int) -> None:
+    """`speed.threads`, for libraries that read it when they are imported; 0: as they choose."""
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Console entry point. Exit codes: 0 done, 1 failure, 2 a user's mistake, 130 interrupted."""
     quiet_third_parties()
@@ -88,9 +95,19 @@ def main(args: Sequence[str] | None = None) -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("interrupted; nothing half-written. The same command with --resume continues a run.", err=True)
+    except (click.exceptions.Abort, KeyboardInterrupt) as stop:
+        # A command that can be continued raises Abort with what to do; others have nothing to say.
+        click.echo(" ".join(["interrupted; nothing half-written.", *map(str, stop.args)]), err=True)
         sys.exit(130)
     except WardroundError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" at {error.filename}" if error.filename else ""
+            click.echo(f"error: the disk is full{where}; free some space and call the same command again", err=True)
+            sys.exit(1)
+        if error.filename is None or error.strerror is None:
+            raise
+        click.echo(f"error: {error.filename}: {error.strerror.lower()}; check the path and who may use it", err=True)
+        sys.exit(2)

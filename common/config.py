@@ -1,6 +1,7 @@
 """Run, site and model configuration: frozen pydantic models read from TOML; unknown keys are refused.
 
-Every default is a setting that was run (docs/results.md), unless the line says that it is not tuned. Privacy numbers that must be chosen have no default.
+Every default is a setting that was run (docs/results.md), unless it is said to be not tuned. Privacy numbers that must
+be chosen have no default.
 Mechanism settings (what is computed) and speed settings (`Speed`) are separate types, so nobody tunes one by the other.
 """
 

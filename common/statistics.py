@@ -228,9 +228,10 @@ def summarise(
         min_cell: fewest questions reported on their own.
 
     Returns:
-        "n"; one entry a model and "majority", each {"accuracy", "ci95", "n", "correct"} and for models "box_rate" and
-        "mean_length" (tokens); "chance"; "paired": {"final-warmup": …} (the later model minus the earlier one);
-        "mcnemar_p" (base against final, where both are there); "by_feature", "by_section" and "small_features".
+        "n"; one entry a model and "majority", each {"accuracy", "ci95", "n", "correct"} and for models "box_rate" (None
+        where no text was generated: an answer-only model has no box to find) and "mean_length" (tokens); "chance";
+        "paired": {"final-warmup": …} (the later model minus the earlier one); "mcnemar_p" (base against final, where
+        both are there); "by_feature", "by_section" and "small_features".
 
     Raises:
         RegistryError: the tally counts no question.
@@ -248,8 +249,9 @@ def summarise(
         correct = int(pooled[right[name]].sum())
         result[name] = {"accuracy": correct / n, "ci95": _interval(drawn[name]), "n": n, "correct": correct}
     for column, name in enumerate(tally.models):
-        result[name]["box_rate"] = int(tally.boxed[:, column].sum()) / n
-        result[name]["mean_length"] = int(tally.length[:, column].sum()) / n
+        tokens = int(tally.length[:, column].sum())
+        result[name]["box_rate"] = int(tally.boxed[:, column].sum()) / n if tokens else None
+        result[name]["mean_length"] = tokens / n
     result["chance"] = int(tally.chance.sum()) / CHANCE_UNIT / n
     result["paired"] = {
         f"{later}-{earlier}": _paired(pooled, right[later], right[earlier], drawn[later] - drawn[earlier])

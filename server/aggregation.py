@@ -17,7 +17,9 @@ _BLOCK = 1 << 18  # values converted to float64 at a time: 2 MiB beside the sum
 class MeanUpdate:
     """Weighted mean of float32 vectors, summed in float64.
 
-    Sums depend on the order of the sites in their last bits; the round loop adds in the order of the cohort.
+    A float sum depends on its order in the last bits, and updates are added as they arrive: in a simulation in the
+    order of the sites' names, so that a repeated run gives the same bits; over a network in any order. The integer sums
+    of secure aggregation will not depend on it.
     """
 
     def __init__(self, size: int) -> None:

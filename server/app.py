@@ -19,6 +19,7 @@ from ..common.config import RunConfig, load_run
 from ..common.dictionary import Dictionary, load_dictionary
 from ..common.errors import ConfigError, ProtocolError
 from ..common.messages import HEAD_RECORD, VECTOR_RECORD, Failure, Instruction, Reply, join, split
+from .journal import Journal, open_journal
 from .phases import Answer
 from .run import run_all
 from .tracking import Progress, SilentProgress
@@ -33,7 +34,8 @@ app = ServerApp()
 class FlowerExchange:
     """Sends one instruction to many nodes and yields their replies, each pulled on its own.
 
-    Pulling one reply at a time keeps one update in memory, and keeps the order of `nodes` among those that are there.
+    Pulling one reply at a time keeps one update in memory. Replies come in the order in which they arrive, which in the
+    in-process grid of a simulation is that of `nodes`.
     """
 
     grid: Grid
@@ -96,25 +98,15 @@ def run(
     config: RunConfig,
     dictionary: Dictionary,
     out: Path,
+    journal: Journal,
     *,
-    resume: bool,
-    simulated: bool = False,
+    split_key: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """A whole run over a Flower grid: the content of evaluation.json.
-
-    Raises:
-        RunFolderError: OUT holds another run; QuorumError: too few sites; others as server/rounds.py says.
-    """
+    """A whole run over a Flower grid: `run_all`, which see."""
     exchange = FlowerExchange(grid, config.federation.phase_timeout_s)
     return run_all(
-        exchange,
-        config,
-        dictionary,
-        out,
-        resume=resume,
-        simulated=simulated,
-        progress=progress or SilentProgress(),
+        exchange, config, dictionary, out, journal, split_key=split_key, progress=progress or SilentProgress()
     )
 
 
@@ -125,10 +117,7 @@ def main(grid: Grid, context: Context) -> None:
     for key in ("config", "dictionary", "out"):
         if not isinstance(settings.get(key), str):
             raise ConfigError(f"run config: expected '{key}', a path")
-    run(
-        grid,
-        load_run(Path(str(settings["config"]))),
-        load_dictionary(Path(str(settings["dictionary"]))),
-        Path(str(settings["out"])),
-        resume=bool(settings.get("resume", False)),
-    )
+    config, out = load_run(Path(str(settings["config"]))), Path(str(settings["out"]))
+    dictionary = load_dictionary(Path(str(settings["dictionary"])))
+    with open_journal(out, config, resume=bool(settings.get("resume", False))) as journal:
+        run(grid, config, dictionary, out, journal)

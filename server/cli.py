@@ -21,7 +21,7 @@ def server() -> None:
     "--out", required=True, type=click.Path(path_type=Path), help="Folder for NAME.safetensors and NAME.json."
 )
 @click.option("--name", default=None, help="Name of the released adapter; the model's id when absent.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a config key; may be repeated.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a config key; `none` unsets it.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def warmup(config: Path, out: Path, name: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Train the public warm-up adapter of CONFIG on synthetic questions (no patient data) and save it.
@@ -30,11 +30,16 @@ def warmup(config: Path, out: Path, name: str | None, overrides: tuple[str, ...]
     `warmup.adapter` in a run config names.
     """
     from ..common import config as configs
-    from ..common.lm import models
+    from ..common.cli import limit_threads
+    from ..common.files import check_writable
     from ..common.progress import progress_bar
-    from . import warmup as step
 
     run = configs.load_run(config, overrides)
+    check_writable(out)
+    limit_threads(run.speed.threads)  # before torch is imported
+    from ..common.lm import models
+    from . import warmup as step
+
     lm = models.load(run.model, run.lora, seed=run.warmup.seed)
     with progress_bar("public warm-up", run.warmup.steps, quiet=as_json) as advance:
         result = step.warm_up(lm, run, on_step=lambda done, _total, loss: advance(done, f"loss {loss:.3f}"))

@@ -7,6 +7,7 @@ site says of itself: binding names to keys is the roster's work, which is not th
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from ..common.errors import ProtocolError, WardroundError
@@ -20,29 +21,38 @@ class QuorumError(WardroundError):
 
 @dataclass
 class Cohort:
-    """Sites by name, in the order of their names, with their node and what they declared."""
+    """Sites by name, with their node and what they declared; `ready` are those that also hold the question schema."""
 
     min_sites: int
     nodes: dict[str, int] = field(default_factory=dict)
     patients: dict[str, int] = field(default_factory=dict)
+    ready: set[str] = field(default_factory=set)
 
     @property
     def names(self) -> list[str]:
-        """All known sites, sorted: the order in which updates are added up."""
+        """All known sites, sorted."""
         return sorted(self.nodes)
 
-    def admit(self, name: str, node_id: int, patients: int) -> None:
-        """Takes a site in, or notes the new node of a known one.
+    def admit(self, name: str, node_id: int, patients: int, connected: Collection[int]) -> None:
+        """Takes a site in, or notes the new node of a known one that reconnected.
+
+        Args:
+            name: what the site calls itself.
+            node_id: where it answered from.
+            patients: training patients that it declares.
+            connected: the nodes that are there now.
 
         Raises:
-            ProtocolError: two nodes claim one name, or fewer than one patient is declared.
+            ProtocolError: two nodes that are both there claim one name, or fewer than one patient is declared.
         """
-        if self.nodes.get(name, node_id) != node_id:
+        before = self.nodes.get(name, node_id)
+        if before != node_id and before in connected:
             raise ProtocolError(f"site name '{name}': claimed by two nodes")
         if patients < 1:
             raise ProtocolError(f"site '{name}': expected at least 1 training patient, got {patients}")
         self.nodes[name] = node_id
         self.patients[name] = patients
+        self.ready.discard(name)
 
     def name_of(self, node_id: int) -> str:
         """A node's site name, or what can be said of it before it gave one."""

@@ -47,6 +47,41 @@ def write_evaluation(path: Path, evaluation: Mapping[str, Any]) -> None:
     write_atomic(path, text.encode(), mode=0o644)
 
 
+def read_samples(text: str, site: str, most: int) -> list[dict[str, Any]]:
+    """A site's sample questions, as the report shows them.
+
+    Args:
+        text: JSON from the site's reply.
+        site: who sent it.
+        most: how many a site may send; 0 where the registry is not open.
+
+    Raises:
+        ProtocolError: not what a site sends.
+    """
+    try:
+        samples = json.loads(text)
+        if not isinstance(samples, list) or len(samples) > most:
+            raise ValueError
+        return [_sample(item, site) for item in samples]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ProtocolError(f"samples of {site}: expected at most {most} questions with their answers") from None
+
+
+def _sample(item: Mapping[str, Any], site: str) -> dict[str, Any]:
+    """One sample with its known keys only, every value a text."""
+    answers = {
+        model: {key: _text(item["models"][model][key]) for key in ("chosen", "text")} for model in ("base", "final")
+    }
+    about = {key: _text(item[key]) for key in ("target", "section", "text", "answer")}
+    return {"site": site, **about, "options": [_text(option) for option in item["options"]], "models": answers}
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
 def percent(share: float) -> str:
     """A share as percent with one decimal.
 

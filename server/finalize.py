@@ -93,6 +93,8 @@ def finalize(
             (folder / "README.md").write_text(model_card(what, facts, evaluation), encoding="utf-8")
             text = json.dumps(facts, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
             (folder / "provenance.json").write_text(text, encoding="utf-8")
+            for file in folder.iterdir():
+                file.chmod(0o644)  # safetensors writes for its owner alone, everything else for all
     return Finalized(out / "adapter", out / "model", checks)
 
 
@@ -143,7 +145,7 @@ def _facts(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("dictionary digest", f"`{facts['dictionary_digest']}`"),
         ("merge", f"logits within {checks['merge_difference']:.1e} of the largest of base + adapter; {agreement}"),
         ("versions", ", ".join(f"{name} {number}" for name, number in sorted(facts["versions"].items()))),
-        ("commit", f"`{facts['commit']}`" if facts["commit"] else "an installed package"),
+        ("commit", f"`{facts['commit']}`" if facts["commit"] else "not known: an installed package, or git is missing"),
     ]
     return [(name, value.replace("|", "\\|")) for name, value in rows]
 

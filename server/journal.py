@@ -3,7 +3,7 @@
 Run by the coordinator. Enters: what a phase ended with. Leaves: nothing. Holds no patient value: adapters, counts that
 were sent anyway, names of sites.
 
-    journal/run.record             run id, config, digest; made first, so that a folder belongs to one run
+    journal/run.record             run id, config, digests; made first, so that a folder belongs to one run
     journal/warmup.record          round-0 adapter, manifest, warm-up report
     journal/schema.record          the question schema
     journal/baseline.record        validation of round 0
@@ -12,9 +12,12 @@ were sent anyway, names of sites.
     journal/round-00001-validate.record  validation, the decision, the line of rounds.jsonl
     journal/evaluate.record        the sites' test counts
     journal/finalize.record        the final adapter's digest, who has it
+    journal/cohort.record          training patients that sites declared
+    journal/losses.record          who did not finish which phase, and the code
 
-A phase whose file is there is complete and is not repeated; one whose file is missing is done again from the start,
-which gives the same result, because sites answer a repeated instruction from their own disk.
+A phase whose file is there is complete and is not repeated; one whose file is missing is done again from the start.
+Sites answer a repeated instruction from their own disk, so that gives the same result; a mean update is added up again,
+in the order of arrival, which over a network may change its last bits (server/aggregation.py).
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -33,14 +37,26 @@ from numpy.typing import NDArray
 
 from ..common.config import RunConfig
 from ..common.errors import RunFolderError, VerificationError
-from ..common.files import Record, read_record, sync_folder, write_atomic, write_record
+from ..common.files import Record, check_writable, read_record, sweep, sync_folder, write_atomic, write_record
+from ..common.question import load_prompt
 
-_RUN = "run"
+_RUN, _LOSSES = "run", "losses"
+_STEPS = ("train", "apply", "validate")  # of a round, in order
+_ROUND = re.compile(r"round-(\d{5})-(\w+)")
+
+
+def round_phase(index: int, step: str) -> str:
+    """The journal's name of a round's step.
+
+    >>> round_phase(1, "train")
+    'round-00001-train'
+    """
+    return f"round-{index:05d}-{step}"
 
 
 @dataclass(frozen=True, eq=False)
 class Journal:
-    """An open journal; only one process has it open at a time."""
+    """An open journal; only one process has it open at a time. `resumed`: the run was there before it was opened."""
 
     folder: Path
     run_id: str
@@ -66,7 +82,18 @@ class Journal:
         except FileNotFoundError:
             raise RunFolderError(f"{self._path(phase)}: missing; the run cannot continue without it") from None
         except VerificationError as error:
-            raise RunFolderError(f"{error}; delete it to repeat that phase") from None
+            raise RunFolderError(f"{error}; {self._remedy(phase)}") from None
+
+    def losses(self) -> list[dict[str, Any]]:
+        """Sites that did not finish a phase, as it came up: "phase", "round", "site", "code"."""
+        return list(self.read(_LOSSES).values["losses"]) if self.has(_LOSSES) else []
+
+    def add_losses(self, phase: str, round_index: int, failures: Mapping[str, str]) -> None:
+        """Notes who did not finish a phase; the same once, however often it is repeated."""
+        known = self.losses()
+        found = [{"phase": phase, "round": round_index, "site": site, "code": failures[site]} for site in failures]
+        if new := [loss for loss in found if loss not in known]:
+            self.write(_LOSSES, {"losses": known + new})
 
     def drop(self, phase: str) -> None:
         """Removes a file that no later step reads (an adapter of an old round)."""
@@ -76,6 +103,21 @@ class Journal:
         """Lets another process open the journal."""
         os.close(self._lock)
 
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _remedy(self, phase: str) -> str:
+        """What helps against a damaged file: repeating its phase, as long as no later one was built on it."""
+        records = (_ROUND.fullmatch(path.stem) for path in self.folder.glob("round-*.record"))
+        later = [(int(found[1]), _STEPS.index(found[2])) for found in records if found and found[2] in _STEPS]
+        mine = _ROUND.fullmatch(phase)
+        if mine and max(later) > (int(mine[1]), _STEPS.index(mine[2])):
+            return "later rounds were built on it: put a copy of the file back, or start a new run"
+        return "delete it to repeat that phase"
+
     def _path(self, phase: str) -> Path:
         return self.folder / f"{phase}.record"
 
@@ -84,8 +126,11 @@ def check_folder(out: Path, config: RunConfig, resume: bool) -> bool:
     """Whether OUT holds this run, to be continued; writes nothing, so that it can be called before anything is made.
 
     Raises:
-        RunFolderError: OUT holds something else, a run without --resume, or a run whose config differs.
+        RunFolderError: OUT holds something else, a run without --resume, or a run whose config or prompt differs; or
+            it cannot be written.
+        ConfigError: no such prompt template.
     """
+    prompt_digest = load_prompt(config.model.prompt).digest()
     if out.exists() and not out.is_dir():
         raise RunFolderError(f"{out}: expected a folder, got a file")
     path = out / "journal" / f"{_RUN}.record"
@@ -94,6 +139,7 @@ def check_folder(out: Path, config: RunConfig, resume: bool) -> bool:
         left = [item.name for item in out.iterdir() if item.name != "journal"] if out.exists() else []
         if left:
             raise RunFolderError(f"{out}: holds '{sorted(left)[0]}' and no run of wardround; choose a new folder")
+        check_writable(out)
         return False
     try:
         values = read_record(path).values
@@ -105,6 +151,11 @@ def check_folder(out: Path, config: RunConfig, resume: bool) -> bool:
         )
     if values["config_digest"] != config.digest():
         raise RunFolderError(f"{out}: --resume: {_difference(json.loads(values['config']), config)}")
+    if values["prompt_digest"] != prompt_digest:
+        raise RunFolderError(
+            f"{out}: --resume: prompt '{config.model.prompt}' was edited since the run began; a run keeps its prompt"
+        )
+    check_writable(out)
     return True
 
 
@@ -113,8 +164,9 @@ def open_journal(out: Path, config: RunConfig, resume: bool) -> Journal:
 
     Raises:
         RunFolderError: as `check_folder`, or another process has the run open.
+        ConfigError: as `check_folder`.
     """
-    check_folder(out, config, resume)
+    check_folder(out, config, resume)  # before anything is made
     folder = out / "journal"
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -123,18 +175,25 @@ def open_journal(out: Path, config: RunConfig, resume: bool) -> Journal:
     except BlockingIOError:
         os.close(lock)
         raise RunFolderError(f"{out}: another process is working on this run") from None
-    path = folder / f"{_RUN}.record"
-    resumed = path.exists()
-    if resumed:
-        run_id = str(read_record(path).values["run_id"])
-    else:
-        run_id = secrets.token_hex(16)
-        write_record(
-            path,
-            {"run_id": run_id, "name": config.name, "config": config.to_json(), "config_digest": config.digest()},
-        )
-        sync_folder(out)
-    return Journal(folder, run_id, resumed, lock)
+    try:
+        resumed = check_folder(out, config, resume)  # again: until now another process may have made its run here
+        for place in (folder, out):
+            sweep(place)
+        path = folder / f"{_RUN}.record"
+        if not resumed:
+            about = {
+                "run_id": secrets.token_hex(16),
+                "name": config.name,
+                "config": config.to_json(),
+                "config_digest": config.digest(),
+                "prompt_digest": load_prompt(config.model.prompt).digest(),
+            }
+            write_record(path, about)
+            sync_folder(out)
+        return Journal(folder, str(read_record(path).values["run_id"]), resumed, lock)
+    except BaseException:
+        os.close(lock)
+        raise
 
 
 def check_disk(out: Path, needed_bytes: int) -> None:

@@ -7,16 +7,19 @@ and no torch: `Exchange` is what server/app.py implements over a Flower grid.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from ..common.config import RunConfig
+from ..common.config import NAME, RunConfig
+from ..common.errors import ProtocolError, VerificationError
 from ..common.messages import Instruction, Reply
 from .cohort import Cohort
+from .journal import Journal
 from .tracking import Progress
 
 _CODE = re.compile(r"[a-z-]{1,32}")
+_NAME = re.compile(NAME)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +58,19 @@ Expected = TypeVar("Expected", bound=Reply)
 
 @dataclass(eq=False)
 class PhaseResult(Generic[Expected]):
-    """A finished phase: replies by site in the order of their names, codes of the others, bytes."""
+    """A finished phase.
 
-    replies: dict[str, Expected]
-    failures: dict[str, str]
-    traffic: Traffic
+    Attributes:
+        sites: whose reply was taken, sorted.
+        failures: the others, with their code.
+        traffic: bytes.
+        replies: by site, sorted; empty where each was used up as it came.
+    """
+
+    sites: list[str] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    traffic: Traffic = field(default_factory=Traffic)
+    replies: dict[str, Expected] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -68,7 +79,7 @@ class Consortium:
 
     exchange: Exchange
     config: RunConfig
-    run_id: str
+    journal: Journal
     progress: Progress
     cohort: Cohort = field(init=False)
 
@@ -78,67 +89,100 @@ class Consortium:
     def head(self, round_index: int, model_digest: str) -> dict[str, Any]:
         """The fields that every instruction begins with."""
         return {
-            "run_id": self.run_id,
+            "run_id": self.journal.run_id,
             "config": self.config.to_json(),
             "config_digest": self.config.digest(),
             "round_index": round_index,
             "model_digest": model_digest,
         }
 
-    def stream(
+    def visit(
         self,
         phase: str,
         nodes: Sequence[int],
         instruction: Instruction,
         expected: type[Expected],
-        result: PhaseResult[Expected],
-    ) -> Iterator[tuple[int, Expected]]:
-        """(node, reply) as they come, one in memory at a time; failures and bytes are noted in `result`."""
+        take: Callable[[int, Expected], object],
+        *,
+        absent: Collection[str] = (),
+    ) -> PhaseResult[Expected]:
+        """One instruction to `nodes`; each reply goes to `take` as it comes, so that one is in memory at a time.
+
+        A site fails alone: one that does not answer this instruction, or whose reply `take` refuses, is noted with a
+        code and the others go on. Whether they are enough is the caller's question.
+
+        Args:
+            phase: its name.
+            nodes: who is asked.
+            instruction: what.
+            expected: the kind of reply.
+            take: called with (node, reply); raises ProtocolError or VerificationError for one that cannot be used.
+            absent: sites that should be asked but are not there, noted as failures.
+        """
         asked = {node: self.cohort.name_of(node) for node in nodes}
         self.progress.begin(phase, instruction.round_index, list(asked.values()))
+        result: PhaseResult[Expected] = PhaseResult(failures=dict.fromkeys(absent, "absent"))
         for answer in self.exchange.ask(nodes, instruction):
             result.traffic.bytes_up += answer.bytes_up
             result.traffic.bytes_down += answer.bytes_down
             name, reply, code = asked[answer.node], answer.reply, answer.code
-            if reply is not None and name.startswith("node "):
-                name = reply.site
-            if not code:
-                code = _misfit(reply, expected, instruction, name)
-            if code or not isinstance(reply, expected):
-                result.failures[name] = code if _CODE.fullmatch(code) else "failure"
-                self.progress.answered(phase, name, result.failures[name])
-                continue
-            yield answer.node, reply
-            self.progress.answered(phase, name, result.failures.get(name, ""))
+            if name not in self.cohort.nodes and reply is not None and _NAME.fullmatch(reply.site):
+                name = reply.site  # its first words; anything but a name is never shown
+            if not code and isinstance(reply, expected) and _fits(reply, instruction, name):
+                try:
+                    take(answer.node, reply)
+                except (ProtocolError, VerificationError):
+                    code = ProtocolError.code
+            else:
+                code = code or ProtocolError.code
+            if code:
+                # A stranger that claims a known site's name must not make that site look broken.
+                name = name if self.cohort.nodes.get(name, answer.node) == answer.node else f"node {answer.node}"
+                code = code if _CODE.fullmatch(code) else "failure"
+                result.failures[name] = code
+            else:
+                result.sites.append(name)
+            self.progress.answered(phase, name, code)
+        result.sites.sort()
+        self.journal.add_losses(phase, instruction.round_index, result.failures)
+        return result
 
     def ask(
-        self, phase: str, instruction: Instruction, expected: type[Expected], names: Sequence[str] | None = None
+        self,
+        phase: str,
+        instruction: Instruction,
+        expected: type[Expected],
+        check: Callable[[Expected], object] = lambda reply: None,
     ) -> PhaseResult[Expected]:
-        """One phase with the sites `names` (default: all), whole.
+        """One phase with all sites of the cohort, whole, with their replies.
+
+        Args:
+            phase: its name.
+            instruction: what is asked.
+            expected: the kind of reply.
+            check: raises ProtocolError or VerificationError for a reply that cannot be used; its site then failed.
 
         Raises:
             QuorumError: fewer than `federation.min_sites` answered as expected.
         """
-        result: PhaseResult[Expected] = PhaseResult({}, {}, Traffic())
-        nodes = self.nodes_of(names if names is not None else self.cohort.names, result.failures)
-        found = {reply.site: reply for _, reply in self.stream(phase, nodes, instruction, expected, result)}
-        result.replies = dict(sorted(found.items()))
-        self.cohort.require(phase, len(result.replies), result.failures)
+        replies: dict[str, Expected] = {}
+
+        def keep(_: int, reply: Expected) -> None:
+            check(reply)
+            replies[reply.site] = reply
+
+        nodes, _ = self.here(self.cohort.names)
+        result = self.visit(phase, nodes, instruction, expected, keep)
+        self.cohort.require(phase, len(result.sites), result.failures)
+        result.replies = dict(sorted(replies.items()))
         return result
 
-    def nodes_of(self, names: Sequence[str], failures: dict[str, str]) -> list[int]:
-        """The sites' nodes, in the order of their names; sites that never came are noted as absent."""
+    def here(self, names: Collection[str]) -> tuple[list[int], list[str]]:
+        """The sites' nodes, in the order of their names; and the sites that this process has not seen."""
         known = [name for name in sorted(names) if name in self.cohort.nodes]
-        failures.update({name: "absent" for name in names if name not in self.cohort.nodes})
-        return [self.cohort.nodes[name] for name in known]
+        return [self.cohort.nodes[name] for name in known], sorted(set(names) - set(known))
 
 
-def _misfit(reply: Reply | None, expected: type[Reply], instruction: Instruction, name: str) -> str:
-    """ "protocol" for a reply that does not answer this instruction to this site, else ""."""
-    fits = (
-        isinstance(reply, expected)
-        and reply.run_id == instruction.run_id
-        and reply.round_index == instruction.round_index
-        and reply.site == name
-    )
-    return "" if fits else "protocol"
+def _fits(reply: Reply, instruction: Instruction, name: str) -> bool:
+    """Whether a reply answers this instruction to this site."""
+    return (reply.run_id, reply.round_index, reply.site) == (instruction.run_id, instruction.round_index, name)

@@ -31,6 +31,7 @@ def provenance(
     questions_trained: int,
     simulated: bool,
     public: bool,
+    split_key: str | None = None,
 ) -> dict[str, Any]:
     """The content of provenance.json: the same run gives the same bytes on the same machine.
 
@@ -40,14 +41,16 @@ def provenance(
         adapter_digest: of manifest and full vector of the final adapter.
         schema_digest: of the question schema.
         dictionary_digest: of the data dictionary.
-        sites: how many took part.
+        sites: how many took part: had an update in some round.
         rounds_run: training rounds that were completed.
         kept_round: whose adapter is the final one; 0: the warmed-up model.
         questions_trained: over all sites and rounds.
         simulated: all sites ran on one machine.
         public: the registry is open or synthetic.
+        split_key: hex, by which the simulated sites divided an open registry. It is written down, so that
+            `wardround evaluate` finds this run's own test patients; a real site's key is a secret and never here.
     """
-    return {
+    facts: dict[str, Any] = {
         "run": config.name,
         "seed": config.seed,
         "base_model": config.model.id,
@@ -72,10 +75,13 @@ def provenance(
         "versions": {name: version(name) for name in _PACKAGES},
         "commit": commit(),
     }
+    if simulated and public and split_key is not None:
+        facts["split_key"] = split_key
+    return facts
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "-dirty" where files were changed; None for an installed wheel."""
+    """The checkout's commit, with "-dirty" where files were changed; None for an installed wheel, or without git."""
     checkout = Path(__file__).resolve().parents[1]
     if not (checkout / ".git").exists():
         return None

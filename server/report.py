@@ -198,7 +198,7 @@ def _result_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
             mark = (name, item["accuracy"], *item["ci95"])
             row |= {"accuracy": evaluate.percent(item["accuracy"]), "interval": evaluate.interval(item["ci95"])}
             row["strip"] = plots.interval_strip([mark], scale, evaluation["chance"])
-            if "box_rate" in item:
+            if item.get("box_rate") is not None:
                 row |= {"boxed": evaluate.percent(item["box_rate"]), "length": f"{item['mean_length']:.1f}"}
         for earlier in ("base", "warmup"):
             comparison = evaluation["paired"].get(f"{name}-{earlier}")

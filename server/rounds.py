@@ -2,13 +2,15 @@
 
 Run by the coordinator, between set-up and the end of a run (server/run.py). Enters: statistics, updates, validation
 counts. Leaves: the global adapter of each round. Every step ends in one journal file; a step whose file is there is not
-repeated, so a killed run goes on where it was and ends with the same bits.
+repeated, so a killed run goes on where it was and, where replies come in the same order (`wardround simulate`), ends
+with the same bits.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +28,14 @@ from ..common.messages import (
     ValidateReply,
 )
 from .aggregation import MeanUpdate
-from .journal import Journal
+from .journal import Journal, round_phase
 from .optimizer import ServerOptimizer
-from .phases import Consortium, PhaseResult, Traffic
+from .phases import Consortium, PhaseResult
 from .tracking import Tracker
 from .validation import Best, Scores, accuracy, judge
+
+_MOST = 2**40  # of any number in a training reply: sums over sites stay exact
+_SLACK = 1e-3  # rewards are summed as floats
 
 
 @dataclass(eq=False)
@@ -46,13 +51,19 @@ class State:
 
 @dataclass(eq=False)
 class Rounds:
-    """The loop over rounds of one run."""
+    """The loop over rounds of one run. `before_round` is called first in each: it lets in sites that came late."""
 
     config: RunConfig
     consortium: Consortium
     journal: Journal
     schema_digest: str
     round_zero: GlobalModel
+    before_round: Callable[[], None] = lambda: None
+
+    @property
+    def gate(self) -> bool:
+        """Whether rounds are validated."""
+        return self.config.federation.validation_questions_per_site > 0
 
     def baseline(self) -> Scores:
         """Validation of round 0, before any training on patients."""
@@ -75,21 +86,22 @@ class Rounds:
             if state.best.since >= federation.patience:
                 progress.note(f"stopped after round {index - 1}: {state.best.since} rounds without a better validation")
                 break
+            self.before_round()
             state, record = self._round(index, state)
             tracker.add(record)
             progress.round_done(record, federation.rounds)
             for old in range(1, index):  # resuming needs the newest adapter and the best, no other
                 if old != state.best.round_index:
-                    self.journal.drop(_name(old, "apply"))
+                    self.journal.drop(round_phase(old, "apply"))
         return state
 
     def _restored(self) -> tuple[State, int]:
         """The state after the last complete round, and its index; 0 before the first."""
         best, verdict, done = Best(0, self.baseline()), "best", 0
-        while self.journal.has(_name(done + 1, "validate")):
+        while self.journal.has(round_phase(done + 1, "validate")):
             done += 1
-            scores = _scores(self.journal.read(_name(done, "validate")).values["scores"])
-            verdict, best = judge(best, done, scores, self.config.federation.rollback_tolerance)
+            scores = _scores(self.journal.read(round_phase(done, "validate")).values["scores"])
+            verdict, best = judge(best, done, scores, self.config.federation.rollback_tolerance, gate=self.gate)
         best_model, best_optimizer = self._applied(best.round_index)
         if verdict == "kept":
             model, optimizer = self._applied(done)
@@ -101,7 +113,7 @@ class Rounds:
         """Global model and optimizer after a round's server step; round 0 has had none."""
         if index == 0:
             return self.round_zero, ServerOptimizer(self.config.federation)
-        record = self.journal.read(_name(index, "apply"))
+        record = self.journal.read(round_phase(index, "apply"))
         moments = {key: value for key, value in record.vectors.items() if key != "vector"}
         return self.round_zero.moved(record.vectors["vector"]), ServerOptimizer.restored(
             self.config.federation, moments
@@ -109,7 +121,7 @@ class Rounds:
 
     def finished_records(self) -> list[dict[str, Any]]:
         """The lines of rounds.jsonl of rounds that are complete."""
-        names = (_name(index, "validate") for index in range(1, self.config.federation.rounds + 1))
+        names = (round_phase(index, "validate") for index in range(1, self.config.federation.rounds + 1))
         return [dict(self.journal.read(name).values["record"]) for name in names if self.journal.has(name)]
 
     def _round(self, index: int, before: State) -> tuple[State, dict[str, Any]]:
@@ -118,9 +130,10 @@ class Rounds:
         model, optimizer = self._apply(index, before, trained)
         started = time.monotonic()
         scores, result = self._validate(index, model)
-        verdict, best = judge(before.best, index, scores, self.config.federation.rollback_tolerance)
+        tolerance = self.config.federation.rollback_tolerance
+        verdict, best = judge(before.best, index, scores, tolerance, gate=self.gate)
         record = self._record(index, model, scores, verdict, best, result, time.monotonic() - started)
-        self.journal.write(_name(index, "validate"), {"scores": scores, "record": record})
+        self.journal.write(round_phase(index, "validate"), {"scores": scores, "record": record})
         if verdict == "best":
             return State(model, optimizer, best, model, optimizer), record
         if verdict == "kept":
@@ -129,18 +142,18 @@ class Rounds:
 
     def _train(self, index: int, model: GlobalModel) -> list[str]:
         """Sites train and keep their update; who did."""
-        name = _name(index, "train")
+        name = round_phase(index, "train")
         if not self.journal.has(name):
             started = time.monotonic()
             instruction = TrainInstruction(
                 **self.consortium.head(index, model.digest), schema_digest=self.schema_digest, vector=model.trainable
             )
-            result = self.consortium.ask("train", instruction, TrainReply)
+            result = self.consortium.ask("train", instruction, TrainReply, self._check_statistics)
             self.journal.write(
                 name,
                 {
-                    "sites": list(result.replies),
-                    "statistics": _statistics(list(result.replies.values())),
+                    "sites": result.sites,
+                    "statistics": self._statistics(list(result.replies.values())),
                     "seconds": time.monotonic() - started,
                     **_traffic(result),
                 },
@@ -149,25 +162,24 @@ class Rounds:
 
     def _apply(self, index: int, before: State, trained: list[str]) -> tuple[GlobalModel, ServerOptimizer]:
         """Collects the updates of those that trained, one in memory at a time, and applies their mean."""
-        name = _name(index, "apply")
+        name = round_phase(index, "apply")
         if not self.journal.has(name):
             started = time.monotonic()
             instruction = CollectInstruction(**self.consortium.head(index, before.model.digest))
-            result: PhaseResult[CollectReply] = PhaseResult({}, {}, Traffic())
-            nodes = self.consortium.nodes_of(trained, result.failures)
+            nodes, absent = self.consortium.here(trained)
             total = MeanUpdate(before.model.manifest.size)
-            for _, reply in self.consortium.stream("collect", nodes, instruction, CollectReply, result):
-                try:
-                    total.add(reply.site, reply.delta, self._weight(reply))
-                except ProtocolError as error:
-                    result.failures[reply.site] = error.code
-            self.consortium.cohort.require("collect", len(total.sites), result.failures)
+
+            def add(_: int, reply: CollectReply) -> None:
+                total.add(reply.site, reply.delta, self._weight(reply))
+
+            result = self.consortium.visit("collect", nodes, instruction, CollectReply, add, absent=absent)
+            self.consortium.cohort.require("collect", len(result.sites), result.failures)
             mean = total.mean()
             vector, optimizer = before.optimizer.step(before.model.trainable, mean)
             self.journal.write(
                 name,
                 {
-                    "sites": total.sites,
+                    "sites": result.sites,
                     "weight": total.weight,
                     "update_norm": float(math.sqrt(float(mean @ mean))),
                     "seconds": time.monotonic() - started,
@@ -186,20 +198,32 @@ class Rounds:
 
     def _validate(self, index: int, model: GlobalModel) -> tuple[Scores, PhaseResult[ValidateReply]]:
         """Each site's (questions, correct); empty when the gate is off."""
-        result: PhaseResult[ValidateReply] = PhaseResult({}, {}, Traffic())
-        if self.config.federation.validation_questions_per_site == 0:
-            return {}, result
+        if not self.gate:
+            return {}, PhaseResult()
         instruction = ValidateInstruction(
             **self.consortium.head(index, model.digest), schema_digest=self.schema_digest, vector=model.trainable
         )
-        result = self.consortium.ask("validate", instruction, ValidateReply)
-        scores: dict[str, tuple[int, int]] = {}
-        for site, reply in result.replies.items():
-            if 0 <= reply.correct <= reply.questions:
-                scores[site] = (reply.questions, reply.correct)
-            else:
-                result.failures[site] = ProtocolError.code
-        return scores, result
+        result = self.consortium.ask("validate", instruction, ValidateReply, self._check_validation)
+        return {site: (reply.questions, reply.correct) for site, reply in result.replies.items()}, result
+
+    def _check_validation(self, reply: ValidateReply) -> None:
+        if not 0 <= reply.correct <= reply.questions <= self.config.federation.validation_questions_per_site:
+            raise ProtocolError(f"validation of {reply.site}: {reply.correct} right of {reply.questions} questions")
+
+    def _check_statistics(self, reply: TrainReply) -> None:
+        """Refuses numbers that no training gives, before they are added to those of others."""
+        counts, histogram = (reply.steps, reply.questions, reply.boxed, reply.completion_tokens), reply.reward_histogram
+        if (
+            min(counts) < 0
+            or max(counts) > _MOST
+            or not 0 <= reply.boxed <= reply.completions <= _MOST
+            or not 0 <= reply.seconds <= _MOST
+            or not -_SLACK <= reply.reward_sum <= reply.completions + _SLACK
+            or histogram.shape != (self.config.grpo.group_size + 1,)
+            or not 0 <= histogram.min() <= histogram.max() <= _MOST
+            or histogram.sum() > reply.questions
+        ):
+            raise ProtocolError(f"statistics of {reply.site}: numbers that no local round gives")
 
     def _record(
         self,
@@ -212,8 +236,8 @@ class Rounds:
         seconds: float,
     ) -> dict[str, Any]:
         """One line of rounds.jsonl."""
-        train = self.journal.read(_name(index, "train")).values
-        applied = self.journal.read(_name(index, "apply")).values
+        train = self.journal.read(round_phase(index, "train")).values
+        applied = self.journal.read(round_phase(index, "apply")).values
         phases = (train, applied, {**_traffic(validated), "seconds": seconds})
         return {
             "round": index,
@@ -233,9 +257,19 @@ class Rounds:
             "model_digest": model.digest,
         }
 
-
-def _name(index: int, step: str) -> str:
-    return f"round-{index:05d}-{step}"
+    def _statistics(self, replies: list[TrainReply]) -> dict[str, Any]:
+        """Sums over sites, and the means that a person reads; None where nothing was asked, or no text was written."""
+        questions, completions = sum(r.questions for r in replies), sum(r.completions for r in replies)
+        written = completions > 0 and self.config.questions.reasoning_tokens > 0
+        return {
+            "questions": questions,
+            "completions": completions,
+            "reward_mean": sum(r.reward_sum for r in replies) / completions if completions else None,
+            "boxed_rate": sum(r.boxed for r in replies) / completions if written else None,
+            "completion_tokens_mean": sum(r.completion_tokens for r in replies) / completions if completions else None,
+            "reward_histogram": np.sum([r.reward_histogram for r in replies], axis=0).tolist(),
+            "steps": sum(r.steps for r in replies),
+        }
 
 
 def _scores(values: dict[str, Any]) -> Scores:
@@ -247,22 +281,4 @@ def _traffic(result: PhaseResult[Any]) -> dict[str, Any]:
         "failures": result.failures,
         "bytes_up": result.traffic.bytes_up,
         "bytes_down": result.traffic.bytes_down,
-    }
-
-
-def _statistics(replies: list[TrainReply]) -> dict[str, Any]:
-    """Sums over sites, and the means that a person reads; None where nothing was asked."""
-    questions, completions = sum(r.questions for r in replies), sum(r.completions for r in replies)
-    length = max(len(r.reward_histogram) for r in replies)
-    histogram = np.zeros(length, np.int64)
-    for reply in replies:
-        histogram[: len(reply.reward_histogram)] += reply.reward_histogram
-    return {
-        "questions": questions,
-        "completions": completions,
-        "reward_mean": sum(r.reward_sum for r in replies) / completions if completions else None,
-        "boxed_rate": sum(r.boxed for r in replies) / completions if completions else None,
-        "completion_tokens_mean": sum(r.completion_tokens for r in replies) / completions if completions else None,
-        "reward_histogram": histogram.tolist(),
-        "steps": sum(r.steps for r in replies),
     }

@@ -7,6 +7,8 @@ and the files of the run folder. Torch is imported only to make the round-0 adap
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import numpy as np
 
 from ..common.adapter import Manifest
 from ..common.config import RunConfig, to_toml
-from ..common.counts import Counts
+from ..common.counts import Counts, Layout
 from ..common.dictionary import Dictionary
 from ..common.errors import ProtocolError
 from ..common.files import write_atomic
@@ -27,32 +29,32 @@ from ..common.messages import (
     EvaluateReply,
     FinalizeInstruction,
     FinalizeReply,
-    SchemaInstruction,
-    SchemaReply,
-    WarmupInstruction,
-    WarmupReply,
 )
 from ..common.question import load_prompt
 from ..common.schema import Schema, derive_schema
 from ..common.statistics import Tally
-from .evaluate import MODELS, evaluate, write_evaluation
-from .journal import Journal, open_journal
-from .phases import Consortium, Exchange, PhaseResult, Traffic
+from .evaluate import MODELS, evaluate, read_samples, write_evaluation
+from .journal import Journal
+from .phases import Consortium, Exchange
 from .report import rewrite as write_report_of
+from .roll_call import RollCall
 from .rounds import Rounds, State
 from .tracking import Progress, Tracker
 from .validation import accuracy
 
+_MOST = 2**40  # of any count that a site sends: sums over sites stay exact
+
 
 @dataclass(frozen=True, eq=False)
 class Coordinator:
-    """One run's fixed parts."""
+    """One run's fixed parts. `split_key`: of simulated sites, hex; None: the sites are real."""
 
     config: RunConfig
     dictionary: Dictionary
     out: Path
     journal: Journal
     consortium: Consortium
+    split_key: str | None = None
 
     def round_zero(self) -> tuple[GlobalModel, dict[str, Any]]:
         """The round-0 adapter, made once; and the warm-up's report."""
@@ -69,45 +71,27 @@ class Coordinator:
         model = GlobalModel(Manifest.from_json(record.values["manifest"]), record.vectors["vector"])
         return model, dict(record.values["report"])
 
-    def roll_call(self, model: GlobalModel) -> None:
-        """Gives every node the round-0 adapter and learns its name; also when resuming, for nodes may have changed.
-
-        Raises:
-            QuorumError: fewer than `federation.min_sites` confirm it.
-        """
-        consortium = self.consortium
-        instruction = WarmupInstruction(
-            **consortium.head(0, model.digest),
-            manifest=model.manifest.to_json(),
-            dictionary_digest=self.dictionary.digest(),
-            prompt_digest=load_prompt(self.config.model.prompt).digest(),
-            vector=model.full,
-        )
-        result: PhaseResult[WarmupReply] = PhaseResult({}, {}, Traffic())
-        for node, reply in consortium.stream("warm-up", consortium.exchange.nodes(), instruction, WarmupReply, result):
-            try:
-                if (reply.model_digest, reply.dictionary_digest) != (model.digest, self.dictionary.digest()):
-                    raise ProtocolError(f"{reply.site}: confirmed another model or dictionary")
-                consortium.cohort.admit(reply.site, node, reply.patients)
-            except ProtocolError as error:
-                result.failures[reply.site] = error.code
-        consortium.cohort.require("warm-up", len(consortium.cohort.nodes), result.failures)
-
-    def schema(self, model: GlobalModel) -> Schema:
+    def schema(self, sites: RollCall) -> Schema:
         """The question schema from the sum of the sites' counts; published to all of them, also when resuming."""
         consortium, digest = self.consortium, self.dictionary.digest()
         if not self.journal.has("schema"):
-            asked = consortium.ask(
-                "counts", CountInstruction(**consortium.head(0, model.digest), dictionary_digest=digest), CountReply
-            )
-            vectors = [reply.counts for reply in asked.replies.values()]
-            counts = Counts.from_vector(np.sum([_same_length(v, vectors[0]) for v in vectors], axis=0), self.dictionary)
-            made = derive_schema(counts, self.dictionary, self.config.questions)
-            self.journal.write("schema", {"schema": made.to_json(), "sites": list(asked.replies)})
+            total = np.zeros(Layout(self.dictionary).size, np.int64)
+
+            def add(_: int, reply: CountReply) -> None:
+                counts = Counts.from_vector(reply.counts, self.dictionary).vector
+                if counts.max() > _MOST:
+                    raise ProtocolError(f"counts of {reply.site}: expected at most {_MOST}, got {counts.max()}")
+                np.add(total, counts, out=total)
+
+            nodes, _ = consortium.here(consortium.cohort.names)
+            instruction = CountInstruction(**consortium.head(0, sites.round_zero.digest), dictionary_digest=digest)
+            asked = consortium.visit("counts", nodes, instruction, CountReply, add)
+            consortium.cohort.require("counts", len(asked.sites), asked.failures)
+            made = derive_schema(Counts(self.dictionary, total), self.dictionary, self.config.questions)
+            self.journal.write("schema", {"schema": made.to_json(), "sites": asked.sites})
         schema = Schema.from_json(self.journal.read("schema").values["schema"])
         write_atomic(self.out / "schema.json", schema.to_json().encode() + b"\n", mode=0o644)
-        instruction = SchemaInstruction(**consortium.head(0, model.digest), schema=schema.to_json())
-        consortium.ask("schema", instruction, SchemaReply)
+        sites.publish(schema)
         return schema
 
     def evaluate(self, schema: Schema, warmup: GlobalModel, final: GlobalModel, index: int) -> dict[str, Any]:
@@ -120,12 +104,18 @@ class Coordinator:
                 warmup=warmup.full,
                 final=final.full,
             )
-            asked = self.consortium.ask("evaluate", instruction, EvaluateReply)
-            tallies = {site: reply.tally for site, reply in asked.replies.items()}
-            for tally in tallies.values():
-                Tally.from_vector(tally, schema.names, MODELS)  # malformed counts stop here, before the journal
-            samples = [item for reply in asked.replies.values() for item in json.loads(reply.samples)]
-            self.journal.write("evaluate", {"samples": samples, "failures": asked.failures}, tallies)
+            most = self.config.evaluation.samples if self.dictionary.public else 0
+
+            def check(reply: EvaluateReply) -> None:
+                tally = Tally.from_vector(reply.tally, schema.names, MODELS)
+                if tally.n.sum() > self.config.evaluation.questions_per_site or tally.length.max() > _MOST:
+                    raise ProtocolError(f"test counts of {reply.site}: of more questions or tokens than were asked for")
+                read_samples(reply.samples, reply.site, most)
+
+            replies = self.consortium.ask("evaluate", instruction, EvaluateReply, check).replies
+            samples = [item for site, reply in replies.items() for item in read_samples(reply.samples, site, most)]
+            tallies = {site: reply.tally for site, reply in replies.items()}
+            self.journal.write("evaluate", {"samples": samples}, tallies)
         record = self.journal.read("evaluate")
         tallies = [Tally.from_vector(vector, schema.names, MODELS) for vector in record.vectors.values()]
         sections = {feature.name: feature.section for feature in self.dictionary.features}
@@ -135,16 +125,10 @@ class Coordinator:
         return result
 
     def finalize(
-        self,
-        final: GlobalModel,
-        schema: Schema,
-        rounds: Rounds,
-        state: State,
-        evaluation: dict[str, Any],
-        simulated: bool,
+        self, final: GlobalModel, schema: Schema, rounds: Rounds, state: State, evaluation: dict[str, Any]
     ) -> None:
-        """OUT/adapter and OUT/model, merged and verified."""
-        if self.journal.has("finalize"):
+        """OUT/adapter and OUT/model, merged and verified; again when one of them is no longer there."""
+        if self._is_there(final):
             return
         from ..common.lm import models
         from .finalize import finalize
@@ -157,38 +141,64 @@ class Coordinator:
             adapter_digest=final.digest,
             schema_digest=schema.digest(),
             dictionary_digest=self.dictionary.digest(),
-            sites=len(self.consortium.cohort.names),
+            sites=len(_rounds_by_site(records)),
             rounds_run=len(records),
             kept_round=state.best.round_index,
             questions_trained=sum(record["questions"] for record in records),
-            simulated=simulated,
             public=self.dictionary.public,
+            simulated=self.split_key is not None,
+            split_key=self.split_key,
         )
         self.consortium.progress.note("merging and verifying the final model")
         lm = models.shared(self.config.model, self.config.lora, self.config.seed)
         lm.set_vector(final.full, trainable_only=False)
         finalize(lm, self.out, facts, evaluation=evaluation)
 
-    def hand_back(self, final: GlobalModel, index: int) -> None:
-        """The final adapter to every site; a site that is away gets it when the run is resumed."""
-        if self.journal.has("finalize"):
+    def _is_there(self, final: GlobalModel) -> bool:
+        """Whether both folders hold the final model; each was put in place whole, or not at all."""
+        try:
+            made = [json.loads((self.out / name / "provenance.json").read_bytes()) for name in ("adapter", "model")]
+            whose = {facts["adapter_digest"] for facts in made}
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return whose == {final.digest} and any((self.out / "model").glob("*.safetensors"))
+
+    def hand_back(self, final: GlobalModel, index: int, sites: Collection[str]) -> None:
+        """The final adapter to every site that has not confirmed it yet; one that is away gets it on a later resume.
+
+        Args:
+            final: the model.
+            index: the run's last round.
+            sites: who took part, there now or not.
+
+        Raises:
+            QuorumError: fewer than `federation.min_sites` have it.
+        """
+        consortium = self.consortium
+        had = self.journal.read("finalize").values["sites"] if self.journal.has("finalize") else []
+        nodes, absent = consortium.here({*sites, *consortium.cohort.names} - {*had})
+        if not nodes and not absent:
             return
         instruction = FinalizeInstruction(
-            **self.consortium.head(index, final.digest), manifest=final.manifest.to_json(), vector=final.full
-        )
-        asked = self.consortium.ask("finalize", instruction, FinalizeReply)
-        wrong = [site for site, reply in asked.replies.items() if reply.model_digest != final.digest]
-        if wrong:
-            raise ProtocolError(f"finalize: another digest than {final.digest[:12]}… at {', '.join(wrong)}")
-        self.journal.write(
-            "finalize", {"model_digest": final.digest, "sites": list(asked.replies), "failures": asked.failures}
+            **consortium.head(index, final.digest), manifest=final.manifest.to_json(), vector=final.full
         )
 
+        def confirm(_: int, reply: FinalizeReply) -> None:
+            if reply.model_digest != final.digest:
+                raise ProtocolError(f"{reply.site}: confirmed another final adapter")
+
+        asked = consortium.visit("finalize", nodes, instruction, FinalizeReply, confirm, absent=absent)
+        have = sorted({*had, *asked.sites})
+        self.journal.write("finalize", {"model_digest": final.digest, "sites": have})
+        consortium.cohort.require("finalize", len(have), asked.failures)
+
     def summary(
-        self, warmup: GlobalModel, rounds: Rounds, state: State, warmup_report: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Writes run.json: what report and model card say of the run beside config, rounds and evaluation."""
-        baseline, cohort = rounds.baseline(), self.consortium.cohort
+        self, warmup: GlobalModel, rounds: Rounds, state: State, warmup_report: dict[str, Any], sites: RollCall
+    ) -> None:
+        """Writes run.json: what the report says of the run beside config, rounds and evaluation; then the report."""
+        baseline, records = rounds.baseline(), rounds.finished_records()
+        trained = _rounds_by_site(records)
+        have = self.journal.read("finalize").values["sites"] if self.journal.has("finalize") else []
         content = {
             "run_id": self.journal.run_id,
             "name": self.config.name,
@@ -199,17 +209,21 @@ class Coordinator:
                 "public": self.dictionary.public,
                 "labels": {feature.name: feature.label for feature in self.dictionary.features},
             },
-            "sites": {name: {"patients": cohort.patients[name]} for name in cohort.names},
+            "sites": {
+                name: {"patients": patients, "rounds": trained.get(name, 0), "has_final": name in have}
+                for name, patients in sorted(sites.declared().items())
+            },
+            "losses": self.journal.losses(),
             "warmup": warmup_report,
             "warmup_digest": warmup.digest,
             "baseline": {"accuracy": accuracy(baseline), "questions": sum(asked for asked, _ in baseline.values())},
-            "rounds": len(rounds.finished_records()),
+            "rounds": len(records),
             "best_round": state.best.round_index,
             "final_digest": state.best_model.digest,
             "samples": self.journal.read("evaluate").values["samples"],
         }
         write_atomic(self.out / "run.json", json.dumps(content, indent=1, ensure_ascii=False).encode(), mode=0o644)
-        return content
+        write_report_of(self.out)
 
 
 def run_all(
@@ -217,45 +231,53 @@ def run_all(
     config: RunConfig,
     dictionary: Dictionary,
     out: Path,
+    journal: Journal,
     *,
-    resume: bool,
-    simulated: bool,
+    split_key: str | None,
     progress: Progress,
 ) -> dict[str, Any]:
     """A whole run, from an empty folder or from wherever its journal says.
+
+    Args:
+        exchange: reaches the sites.
+        config: the run's.
+        dictionary: the consortium's.
+        out: the run's folder.
+        journal: its open journal; the caller closes it.
+        split_key: as `Coordinator`.
+        progress: who is told.
 
     Returns:
         The content of evaluation.json.
 
     Raises:
-        RunFolderError: OUT holds another run or another config, or is in use.
         QuorumError: too few sites finished a phase.
     """
-    journal = open_journal(out, config, resume)
+    prompt_digest = load_prompt(config.model.prompt).digest()
+    write_atomic(out / "config.resolved.toml", to_toml(config).encode(), mode=0o644)
+    consortium = Consortium(exchange, config, journal, progress)
+    run = Coordinator(config, dictionary, out, journal, consortium, split_key)
+    round_zero, warmup_report = run.round_zero()
+    sites = RollCall(consortium, dictionary.digest(), prompt_digest, round_zero)
+    sites.everyone()
+    schema = run.schema(sites)
+    rounds = Rounds(config, consortium, journal, schema.digest(), round_zero, sites.latecomers)
+    tracker = Tracker(out, rounds.finished_records(), accuracy(rounds.baseline()))
     try:
-        write_atomic(out / "config.resolved.toml", to_toml(config).encode(), mode=0o644)
-        run = Coordinator(config, dictionary, out, journal, Consortium(exchange, config, journal.run_id, progress))
-        round_zero, warmup_report = run.round_zero()
-        run.roll_call(round_zero)
-        schema = run.schema(round_zero)
-        rounds = Rounds(config, run.consortium, journal, schema.digest(), round_zero)
-        tracker = Tracker(out, rounds.finished_records(), accuracy(rounds.baseline()))
-        try:
-            state = rounds.run(tracker)
-        finally:
-            tracker.close()
-        final = state.best_model
-        evaluation = run.evaluate(schema, round_zero, final, config.federation.rounds)
-        run.summary(round_zero, rounds, state, warmup_report)
-        run.finalize(final, schema, rounds, state, evaluation, simulated)
-        run.hand_back(final, config.federation.rounds)
-        write_report_of(out)
-        return evaluation
+        state = rounds.run(tracker)
     finally:
-        journal.close()
+        tracker.close()
+    sites.latecomers()
+    final = state.best_model
+    evaluation = run.evaluate(schema, round_zero, final, config.federation.rounds)
+    run.finalize(final, schema, rounds, state, evaluation)
+    # Once before the sites are asked a last time, for too few that answer must not cost the report; once after.
+    run.summary(round_zero, rounds, state, warmup_report, sites)
+    run.hand_back(final, config.federation.rounds, _rounds_by_site(rounds.finished_records()))
+    run.summary(round_zero, rounds, state, warmup_report, sites)
+    return evaluation
 
 
-def _same_length(vector: np.ndarray, first: np.ndarray) -> np.ndarray:
-    if vector.shape != first.shape:
-        raise ProtocolError(f"counts: expected {first.shape} values of every site, got {vector.shape}")
-    return vector
+def _rounds_by_site(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """In how many rounds each site's update was used: who took part in the run."""
+    return dict(Counter(site for record in records for site in record["sites"]))

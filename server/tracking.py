@@ -34,7 +34,7 @@ class Progress(Protocol):
         """Public warm-up: `done` of `total` steps."""
 
     def begin(self, phase: str, round_index: int, sites: Sequence[str]) -> None:
-        """A phase starts with these sites; `round_index` is 0 outside of training rounds."""
+        """A phase starts with these sites; `round_index` is 0 before training rounds, the last one's after them."""
 
     def answered(self, phase: str, site: str, code: str) -> None:
         """A site finished a phase; `code` is "" or the word its failure came with."""

@@ -37,24 +37,30 @@ class Best:
 Verdict = Literal["best", "kept", "rolled-back"]
 
 
-def judge(best: Best, round_index: int, scores: Scores, tolerance: float) -> tuple[Verdict, Best]:
+def judge(best: Best, round_index: int, scores: Scores, tolerance: float, *, gate: bool = True) -> tuple[Verdict, Best]:
     """What becomes of a round, and the best after it.
 
     As good as the best counts as best: of two rounds that answer equally many questions the one trained longer is kept.
-    Only a rise resets `since`, so a run that only ties ends by `federation.patience`.
+    Only a rise resets `since`, so a run that only ties ends by `federation.patience`. Where no site answered both times
+    nothing is known of the round: training goes on from it, and the best stays.
 
     Args:
         best: before this round.
         round_index: of this round, from 1.
         scores: of this round.
         tolerance: how far below the best a round may fall (as a share) without being rolled back.
+        gate: off, every round counts as best.
     """
+    if not gate:
+        return "best", Best(round_index, scores)
     common = set(best.scores) & set(scores)
     before, now = accuracy(best.scores, common), accuracy(scores, common)
-    if before is None or now is None or now > before:
+    after = Best(best.round_index, best.scores, best.since + 1)
+    if before is None or now is None:
+        return "kept", after
+    if now > before:
         return "best", Best(round_index, scores)
     if now == before:
         return "best", Best(round_index, scores, best.since + 1)
-    after = Best(best.round_index, best.scores, best.since + 1)
     # The slack keeps 0.50 − 0.48 from counting as more than 0.02.
     return ("rolled-back" if before - now > tolerance + 1e-9 else "kept"), after

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import click
@@ -18,12 +17,12 @@ def simulate() -> None:
 
 @simulate.command(
     epilog="Examples: wardround simulate run demo --out runs/demo   ·   "
-    "wardround simulate run configs/demo.toml --out runs/skewed --set simulation.sites=8 --set federation.rounds=4"
+    "wardround simulate run configs/demo.toml --out runs/large --set simulation.sites=8 --set warmup.adapter=none"
 )
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out; a finished one is shown again.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a config key; may be repeated.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a config key; `none` unsets it.")
 @click.option("--json", "as_json", is_flag=True, help="Print evaluation.json instead of the table; no progress.")
 def run(config: Path, out: Path, resume: bool, overrides: tuple[str, ...], as_json: bool) -> None:
     """Run CONFIG (a TOML file, or the name of a shipped one) from registry to report.
@@ -32,19 +31,24 @@ def run(config: Path, out: Path, resume: bool, overrides: tuple[str, ...], as_js
     journal/ to --out. Ctrl-C or a crash loses at most the phase under way: the same command with --resume continues.
     """
     from ..common import config as configs
+    from ..common.cli import limit_threads
 
     settings = configs.load_run(config, overrides)
-    if settings.speed.threads:
-        os.environ["OMP_NUM_THREADS"] = str(settings.speed.threads)
-    from ..server.evaluate import baselines, table, verdict
-    from .federation import SilentProgress, simulate
+    limit_threads(settings.speed.threads)  # before torch is imported
+    from ..server.evaluate import baselines, table, verdict, without_warmup
+    from .federation import simulate
     from .progress import TerminalProgress
 
-    if as_json:
-        click.echo(json.dumps(simulate(settings, out, resume=resume, progress=SilentProgress()), sort_keys=True))
-        return
-    with TerminalProgress() as progress:
-        evaluation = simulate(settings, out, resume=resume, progress=progress)
+    try:
+        if as_json:
+            click.echo(json.dumps(simulate(settings, out, resume=resume), sort_keys=True))
+            return
+        with TerminalProgress(settings.federation.rounds) as progress:
+            evaluation = simulate(settings, out, resume=resume, progress=progress, on_step=progress.stepped)
+    except KeyboardInterrupt:
+        raise click.exceptions.Abort("The same command with --resume continues the run.") from None
+    if not settings.warmup.enabled:
+        evaluation = without_warmup(evaluation)
     from rich.console import Console
 
     Console(soft_wrap=True).print(table(evaluation))

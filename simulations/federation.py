@@ -9,7 +9,7 @@ policies say so (`simulated = true`); a private table is refused.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,16 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from ..client.registry import Registry, read_registry, to_registry, write_registry
+from ..client.registry import Registry, read_registry, split_rows, to_registry, write_registry
+from ..common.adapter import Manifest
 from ..common.config import PolicyConfig, RunConfig, SiteConfig, to_toml
+from ..common.counts import count
 from ..common.dictionary import dump_dictionary, load_dictionary
-from ..common.errors import ConfigError
+from ..common.errors import ConfigError, RunFolderError, UserError
 from ..common.lm.packaged import resolve, weight_files
+from ..common.schema import derive_schema
 from ..common.seeds import derive, derive_rng, derive_seed
-from ..server.journal import check_disk, check_folder, open_journal
+from ..server.journal import check_disk, check_folder, open_journal, round_phase
 from ..server.tracking import Progress, SilentProgress
 from . import registries
 from .partition import partition, site_names
@@ -35,6 +38,7 @@ __all__ = ["InProcessGrid", "SilentProgress", "simulate"]
 
 SYNTHETIC_PATIENTS = 2000
 _COORDINATOR_NODE = 1
+_ANY_BYTES = 2**62  # what a simulated site sends stays on this machine
 
 
 class InProcessGrid(Grid):
@@ -91,7 +95,14 @@ class InProcessGrid(Grid):
         return list(self.pull_messages(self.push_messages(messages)))
 
 
-def simulate(config: RunConfig, out: Path, *, resume: bool, progress: Progress | None = None) -> dict[str, Any]:
+def simulate(
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool,
+    progress: Progress | None = None,
+    on_step: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
     """A whole run on this machine: registry → sites' folders → rounds → final model → report.
 
     Args:
@@ -99,39 +110,132 @@ def simulate(config: RunConfig, out: Path, *, resume: bool, progress: Progress |
         out: its folder; new or empty, or a run of this very config with `resume`.
         resume: continue the run in `out`.
         progress: who is told what happens.
+        on_step: called with (site, steps done, steps) during local training.
 
     Returns:
         The content of evaluation.json.
 
     Raises:
         RunFolderError: `out` holds another run or config, or the disk is too small.
-        UserError: registry, dictionary, model or config are not usable; nothing was written then.
+        UserError: registry, dictionary, model, prompt or config are not usable; a new run leaves nothing then, so that
+            the corrected command works.
         QuorumError: too few sites finished a phase.
     """
+    from ..client import site
     from ..client.app import app as client
     from ..server.app import run
 
-    continued = check_folder(out, config, resume)
-    model = resolve(config.model.id)
-    sites = out / "sites"
-    if not (continued and sites.is_dir()):
-        registry = load_registry(config)
-        parts = divide(registry, config)
-        check_disk(out, _needed_bytes(config, sum(file.stat().st_size for file in weight_files(model))))
-        # The folder becomes this run's before anything else is in it: a kill from here on can be resumed.
-        open_journal(out, config, resume).close()
-        write_sites(registry, parts, config, sites)
-        del registry, parts
-    paths = sorted(sites.glob("*/site.toml"))
-    dictionary = load_dictionary(paths[0].parent / "dictionary.toml")
-    grid = InProcessGrid(client, paths)
-    return run(grid, config, dictionary, out, resume=True, simulated=True, progress=progress)
+    was_there = out.exists()
+    check_folder(out, config, resume)
+    made = None if _site_files(out, config) else prepare(config, out)
+    with open_journal(out, config, resume) as journal:
+        try:
+            # Under the lock, and looked at again: another process may have been here before it was taken.
+            if made is not None and not _site_files(out, config):
+                write_sites(*made, config, out / "sites")
+            del made
+            paths = _site_files(out, config)
+            dictionary = load_dictionary(paths[0].parent / "dictionary.toml")
+            site.on_step = on_step
+            grid = InProcessGrid(client, paths)
+            return run(grid, config, dictionary, out, journal, split_key=split_key(config), progress=progress)
+        except UserError:
+            if not journal.resumed and not journal.has(round_phase(1, "train")):
+                _take_back(out, was_there)
+            raise
+        finally:
+            site.on_step = None
 
 
-def _needed_bytes(config: RunConfig, base_bytes: int) -> int:
-    """A generous estimate: the merged model, adapters in journal and sites (a tenth of the base each), and tables."""
-    adapter = base_bytes if config.lora.strategy == "full" else base_bytes // 10
-    return base_bytes + adapter * (8 + 3 * config.simulation.sites) + 50_000_000
+def _site_files(out: Path, config: RunConfig) -> list[Path]:
+    """The site.toml of every site; none where they are still to be written.
+
+    Raises:
+        RunFolderError: some are missing.
+    """
+    paths = sorted((out / "sites").glob("*/site.toml"))
+    if paths and len(paths) != config.simulation.sites:
+        raise RunFolderError(
+            f"{out / 'sites'}: expected {config.simulation.sites} sites with their site.toml, found {len(paths)}; "
+            "remove the folder, and --resume writes all of them again"
+        )
+    return paths
+
+
+def _take_back(out: Path, was_there: bool) -> None:
+    """Removes what a new run wrote: the folder was empty, or not there at all."""
+    for item in out.iterdir():
+        if item.is_dir():
+            shutil.rmtree(item)
+        else:
+            item.unlink()
+    if not was_there:
+        out.rmdir()
+
+
+def prepare(config: RunConfig, out: Path) -> tuple[Registry, list[np.ndarray]]:
+    """Registry and rows of every site, after a look at all that a person can get wrong; writes nothing.
+
+    Raises:
+        ConfigError, RegistryError, DictionaryError, ModelError: not usable; as the run itself would find out later.
+        RunFolderError: not enough disk.
+        VerificationError: the released warm-up adapter is not the one that was released.
+    """
+    from ..common.lm import models
+    from ..server.warmup import load_released
+
+    n_sites, least = config.simulation.sites, config.federation.min_sites
+    if n_sites < least:
+        raise ConfigError(
+            f"simulation.sites = {n_sites}: expected at least federation.min_sites = {least}, else no phase is complete"
+        )
+    resolve(config.model.id)
+    models.pick_device(config.model.device)
+    registry = load_registry(config)
+    parts = divide(registry, config)
+    splits = split_rows(registry, bytes.fromhex(split_key(config)))
+    able = sum(bool(np.isin(rows, splits["train"]).any()) for rows in parts)
+    if able < least:
+        raise ConfigError(
+            f"simulation.sites = {n_sites}: only {able} have a training patient, expected at least "
+            f"federation.min_sites = {least}; use fewer sites or a larger registry"
+        )
+    everyone = np.concatenate(parts)
+    if not np.isin(everyone, splits["test"]).any():
+        raise ConfigError(f"simulation.registry = '{config.simulation.registry}': no patient is left for the test")
+    training = everyone[np.isin(everyone, splits["train"])]
+    counts = count({name: column[training] for name, column in registry.values.items()}, registry.dictionary)
+    derive_schema(counts, registry.dictionary, config.questions)
+    lm = models.shared(config.model, config.lora, config.seed)  # the one that the run uses
+    if config.warmup.enabled and config.warmup.adapter is not None:
+        load_released(config.warmup.adapter, lm)
+    base_bytes = sum(file.stat().st_size for file in weight_files(lm.path))
+    check_disk(out, needed_bytes(config, base_bytes, lm.manifest))
+    return registry, parts
+
+
+def needed_bytes(config: RunConfig, base_bytes: int, manifest: Manifest) -> int:
+    """Disk that a whole run takes, estimated a little high.
+
+    Args:
+        config: the run's.
+        base_bytes: weights of the base model, and so of the merged one.
+        manifest: of the adapter.
+    """
+    full, trainable = 4 * manifest.total_size, 4 * manifest.size
+    moments = 4 * trainable if config.federation.server_optimizer == "fedadam" else 0  # two vectors of float64
+    journal = full + 3 * (trainable + moments)  # round 0; the best round, the newest, and one being written
+    site = 2 * full + 3 * trainable  # round 0 and the final adapter; two updates, and one being written
+    return base_bytes + full + journal + config.simulation.sites * site + 50_000_000  # and tables, reports, logs
+
+
+def split_key(config: RunConfig) -> str:
+    """The key that all simulated sites divide their patients with, hex.
+
+    It follows from the run's seed and is the same for all sites, so whether a patient is held out does not depend on
+    how the registry is divided. Only open registries are simulated, so it is no secret.
+    """
+    return derive(config.seed, "split key", size_bytes=32).hex()
 
 
 def load_registry(config: RunConfig) -> Registry:
@@ -187,14 +291,12 @@ def divide(registry: Registry, config: RunConfig) -> list[np.ndarray]:
 def write_sites(registry: Registry, parts: Sequence[np.ndarray], config: RunConfig, folder: Path) -> None:
     """One folder a site, as a hospital has it: table, dictionary, site.toml; all of them or none.
 
-    The split key follows from the run's seed and is the same for all sites, so whether a patient is held out does not
-    depend on how the registry is divided.
+    The sites' own limits are what this run needs: a simulation does not stop at a hospital's.
     """
     making = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
     dictionary = dump_dictionary(registry.dictionary)
-    key = derive(config.seed, "split key", size_bytes=32).hex()
     for name, rows in zip(site_names(len(parts)), parts, strict=True):
         site = making / name
         site.mkdir()
@@ -204,8 +306,14 @@ def write_sites(registry: Registry, parts: Sequence[np.ndarray], config: RunConf
             name=name,
             table="registry.parquet",
             dictionary="dictionary.toml",
-            split_key=key,
-            policy=PolicyConfig(simulated=True, share_samples=registry.dictionary.public),
+            split_key=split_key(config),
+            policy=PolicyConfig(
+                simulated=True,
+                share_samples=registry.dictionary.public,
+                max_rounds=config.federation.rounds,
+                max_local_steps=config.grpo.local_steps,
+                max_upload_bytes=_ANY_BYTES,
+            ),
         )
         (site / "site.toml").write_text(to_toml(settings), encoding="utf-8")
     if folder.exists():

@@ -16,17 +16,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 _LOG_EVERY_S = 10.0
+_IN_ROUNDS = ("train", "collect", "validate")
 
 
 class TerminalProgress(AbstractContextManager["TerminalProgress"]):
     """A bar over the sites of the phase under way; finished rounds scroll by above it."""
 
-    def __init__(self) -> None:
+    def __init__(self, rounds: int) -> None:
+        self._rounds = rounds
         self._console = Console(stderr=True, soft_wrap=True)
         columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
         self._bars = Progress(*columns, console=self._console, transient=True, disable=not sys.stderr.isatty())
         self._task = self._bars.add_task("starting", total=None)
         self._logged = 0.0
+        self._what = ""
+        self._done: list[Mapping[str, Any]] = []
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -40,17 +44,28 @@ class TerminalProgress(AbstractContextManager["TerminalProgress"]):
     def _line(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False)
 
+    def _step(self, text: str, last: bool) -> None:
+        """A line for what is between phases, where there is no bar: now and then, and the last."""
+        if self._bars.disable and (time.monotonic() - self._logged > _LOG_EVERY_S or last):
+            self._logged = time.monotonic()
+            self._line(text)
+
     def warming_up(self, done: int, total: int, loss: float) -> None:
         self._bars.update(self._task, description=f"public warm-up, loss {loss:.2f}", completed=done, total=total)
-        if self._bars.disable and (time.monotonic() - self._logged > _LOG_EVERY_S or done == total):
-            self._logged = time.monotonic()
-            self._line(f"public warm-up: {done}/{total}, loss {loss:.2f}")
+        self._step(f"public warm-up: {done}/{total}, loss {loss:.2f}", done == total)
 
     def begin(self, phase: str, round_index: int, sites: Sequence[str]) -> None:
-        what = f"round {round_index} · {phase}" if round_index else phase
-        self._bars.reset(self._task, description=what, total=len(sites) or None)
+        training = round_index and phase in _IN_ROUNDS
+        self._what = f"round {round_index} of {self._rounds} · {phase}" if training else phase
+        self._bars.reset(self._task, description=" · ".join([self._what, *self._so_far()]), total=len(sites) or None)
         if self._bars.disable:
-            self._line(f"{what}: {len(sites) or 'all'} sites")
+            self._line(f"{self._what}: {len(sites)} sites")
+
+    def stepped(self, site: str, done: int, steps: int) -> None:
+        """Local training at a site; beside the protocol, for sites of this process."""
+        where = f"{self._what} · {site} step {done} of {steps}"
+        self._bars.update(self._task, description=" · ".join([where, *self._so_far()]))
+        self._step(where, False)
 
     def answered(self, phase: str, site: str, code: str) -> None:
         self._bars.advance(self._task)
@@ -58,6 +73,7 @@ class TerminalProgress(AbstractContextManager["TerminalProgress"]):
             self._line(f"{site}: left out of {phase} ({code}); its own state/site.log says why")
 
     def round_done(self, record: Mapping[str, Any], rounds: int) -> None:
+        self._done.append(record)
         parts = [f"round {record['round']} of {rounds}", f"{record['site_count']} sites"]
         for key, label, form in (
             ("questions", "questions", "d"),
@@ -69,7 +85,25 @@ class TerminalProgress(AbstractContextManager["TerminalProgress"]):
                 parts.append(f"{label} {record[key]:{form}}")
         if record.get("rolled_back"):
             parts.append("rolled back")
-        self._line(" · ".join(parts))
+        left = self._left()
+        self._line(" · ".join([*parts, f"{left} left in rounds"] if left else parts))
 
     def note(self, text: str) -> None:
         self._line(text)
+
+    def _so_far(self) -> list[str]:
+        """Reward and accuracy of the last round, and what the rounds that are left will take."""
+        if not self._done:
+            return []
+        last, left = self._done[-1], self._left()
+        known = (("reward", last.get("reward_mean")), ("accuracy", last.get("validation_accuracy")))
+        parts = [f"{label} {value:.3f}" for label, value in known if value is not None]
+        return [*parts, f"{left} left in rounds"] if left else parts
+
+    def _left(self) -> str:
+        """Time of the rounds that are not done, at the mean of those that are."""
+        rounds = self._rounds - len(self._done)
+        seconds = rounds * sum(record["seconds"] for record in self._done) / max(1, len(self._done))
+        if rounds < 1 or not self._done:
+            return ""
+        return f"about {seconds:.0f} s" if seconds < 90 else f"about {seconds / 60:.0f} min"

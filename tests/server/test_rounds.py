@@ -72,7 +72,7 @@ class Sites:
             self.stored[site, index] = moved.astype(np.float32)
             return TrainReply(
                 **head, steps=1, questions=4, completions=8, reward_sum=4.0, boxed=8, completion_tokens=16, seconds=0.5,
-                reward_histogram=np.array([1, 2, 1]),
+                reward_histogram=np.array([1, 2, 1, 0, 0, 0, 0, 0]),
             )  # fmt: skip
         if isinstance(instruction, CollectInstruction):
             return CollectReply(**head, weight=1, delta=self.stored[site, index])
@@ -81,15 +81,16 @@ class Sites:
 
 
 def config(**federation: object) -> RunConfig:
-    return RunConfig.model_validate({"name": "t", "federation": {"rounds": 3, "patience": 9, **federation}})
+    set_up = {"rounds": 3, "patience": 9, "validation_questions_per_site": 100, **federation}
+    return RunConfig.model_validate({"name": "t", "federation": set_up})
 
 
 def go(out: Path, sites: Sites, run: RunConfig, *, resume: bool = False) -> State:
     journal = open_journal(out, run, resume)
     try:
-        consortium = Consortium(sites, run, journal.run_id, SilentProgress())
+        consortium = Consortium(sites, run, journal, SilentProgress())
         for node, name in enumerate(NAMES, start=2):
-            consortium.cohort.admit(name, node, PATIENTS[name])
+            consortium.cohort.admit(name, node, PATIENTS[name], sites.nodes())
         rounds = Rounds(run, consortium, journal, "schema", ROUND_ZERO)
         rounds.baseline()
         tracker = Tracker(out, rounds.finished_records(), None)
@@ -113,7 +114,8 @@ def test_the_mean_update_is_applied_and_the_frozen_part_stays(tmp_path: Path):
     first = lines(tmp_path)[0]
     assert (first["site_count"], first["reward_mean"], first["questions"]) == (3, 0.5, 12)
     assert (first["bytes_up"], first["bytes_down"]) == (3 * 3 * 5, 3 * 3 * 7)
-    assert first["reward_histogram"] == [3, 6, 3]
+    assert first["reward_histogram"] == [3, 6, 3, 0, 0, 0, 0, 0]
+    assert first["boxed_rate"] is None  # answer-only: no text, no box
     assert first["validation_accuracy"] == 0.51
 
 

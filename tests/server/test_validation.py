@@ -30,6 +30,12 @@ def test_a_site_that_is_missing_neither_lifts_nor_drops_the_accuracy():
 
 
 def test_without_validation_every_round_is_kept():
-    verdict, best = judge(Best(0, {}), 1, {}, 0.02)
+    verdict, best = judge(Best(0, {}), 1, {}, 0.02, gate=False)
     assert (verdict, best.round_index, best.since) == ("best", 1, 0)
     assert accuracy({}) is None
+
+
+@pytest.mark.parametrize("scores", [{}, {"c": (100, 99)}, {"a": (0, 0)}])
+def test_a_round_that_nothing_is_known_of_never_becomes_the_best(scores: dict[str, tuple[int, int]]):
+    verdict, best = judge(Best(3, {"a": (100, 90), "b": (100, 90)}, since=1), 4, scores, 0.02)
+    assert (verdict, best.round_index, best.since) == ("kept", 3, 2)
