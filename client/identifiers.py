@@ -2,7 +2,8 @@
 
 Run at one hospital. Reads a column's name and its distinct cells, says what kind of identifier it looks like, and never
 repeats a cell. It is a net with holes: it knows common names and formats, not every one, and a name hidden in a code
-list will pass. A hospital still has to look at its own table.
+list will pass. A hospital still has to look at its own table. Where it is wrong the other way, the dictionary says
+`not_identifying = true` for the column.
 """
 
 from __future__ import annotations
@@ -15,37 +16,69 @@ _TOKENS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 # What a name is made of → what it is. A tuple is matched as consecutive words of the column's name.
 _NAMES: tuple[tuple[tuple[str, ...], str], ...] = (
-    *(((word,), "a name") for word in ("surname", "forename", "firstname", "lastname", "fullname", "initials")),
+    *(((word,), "a name") for word in (
+        "surname", "forename", "firstname", "lastname", "fullname", "initials", "vorname", "nachname", "achternaam",
+        "voornaam", "prenom",
+    )),
     *((words, "a name") for words in (
         ("first", "name"), ("last", "name"), ("family", "name"), ("given", "name"), ("full", "name"),
         ("patient", "name"), ("pt", "name"), ("maiden", "name"), ("name", "of", "patient"), ("mother", "name"),
+        ("name", "last"), ("name", "first"), ("name", "family"), ("name", "given"),
     )),
-    *(((word,), "a date of birth") for word in ("dob", "birthdate", "birthday", "dateofbirth", "birthdt")),
+    *(((word,), "a date of birth") for word in (
+        "dob", "birthdate", "birthday", "dateofbirth", "birthdt", "geburtsdatum", "geboortedatum",
+    )),
     *((words, "a date of birth") for words in (
         ("date", "of", "birth"), ("birth", "date"), ("birth", "day"), ("date", "birth"), ("born", "on"),
+        ("birth", "dt"), ("dt", "birth"), ("date", "naissance"), ("date", "de", "naissance"),
     )),
-    *(((word,), "a phone number") for word in ("phone", "telephone", "mobile", "cellphone", "fax", "phonenumber")),
-    *(((word,), "an address") for word in ("address", "street", "streetname", "housenumber", "addr")),
+    *(((word,), "a phone number") for word in (
+        "phone", "telephone", "cellphone", "fax", "phonenumber", "telefon", "telefoon", "telefono",
+    )),
+    *(((word,), "an address") for word in ("address", "streetname", "housenumber", "addr", "adresse", "adres")),
     *(((word,), "a postcode") for word in ("postcode", "zip", "zipcode", "postalcode", "plz")),
     *((words, "a postcode") for words in (("postal", "code"), ("post", "code"), ("zip", "code"))),
-    *(((word,), "an e-mail address") for word in ("email", "mail")),
-    *((words, "an e-mail address") for words in (("e", "mail"),)),
+    *((words, "an e-mail address") for words in (("email",), ("e", "mail"))),
     *(((word,), "a national or hospital number") for word in (
-        "ssn", "nhs", "nhsnumber", "cpr", "personnummer", "bsn", "rrn", "mrn", "passport", "nino", "hkid", "nric",
+        "ssn", "nhsnumber", "personnummer", "bsn", "mrn", "passport", "nino", "hkid", "nric",
     )),
     *((words, "a national or hospital number") for words in (
-        ("social", "security"), ("nhs", "number"), ("nhs", "no"), ("national", "id"), ("medical", "record"),
-        ("insurance", "number"), ("resident", "registration"), ("hospital", "number"),
+        ("social", "security"), ("national", "id"), ("medical", "record"), ("insurance", "number"),
+        ("resident", "registration"), ("hospital", "number"),
     )),
-    *(((word,), "free text") for word in ("notes", "note", "comment", "comments", "freetext", "remarks", "narrative")),
+    *(((word,), "free text") for word in ("notes", "comment", "comments", "freetext", "remarks", "narrative")),
     *((words, "free text") for words in (("free", "text"),)),
 )  # fmt: skip
-_WHOLE_NAMES = {"name": "a name", "names": "a name", "naam": "a name", "nom": "a name", "tel": "a phone number"}
+# Words that are an identifier only if nothing but these accompanies them: `mobile_no`, but not `mobile_at_discharge`.
+_ALONE = {
+    "name": "a name", "names": "a name", "naam": "a name", "nom": "a name", "tel": "a phone number",
+    "mobile": "a phone number", "street": "an address", "mail": "an e-mail address", "note": "free text",
+    "cpr": "a national or hospital number", "nhs": "a national or hospital number",
+    "rrn": "a national or hospital number",
+}  # fmt: skip
+_COMPANIONS = {"number", "no", "nr", "num", "name", "address", "patient", "patients", "pt", "home", "work"}
+# Korean headings, whole but for a prefix: 주소 is an address, 주소증 the complaint.
+_KOREAN = {
+    "이름": "a name", "성명": "a name", "환자명": "a name", "생년월일": "a date of birth",
+    "전화번호": "a phone number", "연락처": "a phone number", "휴대폰": "a phone number", "휴대전화": "a phone number",
+    "휴대폰번호": "a phone number", "주소": "an address", "우편번호": "a postcode", "이메일": "an e-mail address",
+    "주민등록번호": "a national or hospital number", "주민번호": "a national or hospital number",
+    "등록번호": "a national or hospital number", "병록번호": "a national or hospital number",
+    "차트번호": "a national or hospital number",
+}  # fmt: skip
+_KOREAN_PREFIX = re.compile(r"^(?:환자|보호자|자택|본인)의?|[\s_().\-]")
 
 _EMAIL = re.compile(r"[^@\s]+@[^@\s]+\.[A-Za-z]{2,}")
 _PHONE = re.compile(r"(?=.*[+()\s-])\+?[\d()\s./-]{8,20}")
-_ISO_DATE = re.compile(r"(?:\d{4}([-/.])\d{1,2}\1\d{1,2}|\d{1,2}([-/.])\d{1,2}\2\d{4})(?:[ T]\d.*)?")
-_YEAR = re.compile(r"\d{4}")
+# A decimal or a negative number is a measurement, however many digits it has: no phone number begins with a minus.
+_MEASURED = re.compile(r"-\d+|[+-]?\d*\.\d+(?:[eE][+-]?\d+)?")
+# Dates: 1950-03-12, 12.3.1950, 12/03/50, 19500312, 12-MAR-1950, 12 March 50, with or without a time after them.
+_DATES = tuple(re.compile(rf"(?:{form})(?:[ T]\d.*)?", re.IGNORECASE) for form in (
+    r"(?P<year>\d{4})([-/.])\d{1,2}\2\d{1,2}",
+    r"\d{1,2}([-/.])\d{1,2}\1(?P<year>\d{4}|\d{2})",
+    r"(?P<year>(?:19|20)\d\d)(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])",
+    r"\d{1,2}[-/. ]?(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?[-/., ]*(?P<year>\d{4}|\d{2})",
+))  # fmt: skip
 _NATIONAL = re.compile(
     r"\d{3}-\d{2}-\d{4}"  # US social security number
     r"|\d{6}-[1-8]\d{6}"  # Korean resident registration number
@@ -55,7 +88,10 @@ _NATIONAL = re.compile(
 )
 _POSTCODE = re.compile(r"[A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2}|\d{4} ?[A-Z]{2}|\d{5}-\d{4}|[A-Z]\d[A-Z] ?\d[A-Z]\d")
 _WORD = r"[A-ZÀ-Þ](?:[a-zß-ÿ'’-]|(?<=['’-])[A-ZÀ-Þ])+"  # Smith, O'Brien, García-López
-_PERSON = re.compile(rf"{_WORD}(?:,? (?:[A-ZÀ-Þ]\.|{_WORD})){{1,3}}")
+_CAPITALS = r"[A-ZÀ-Þ][A-ZÀ-Þ'’-]+"  # SMITH, JOHN A: with its comma, or codes in capitals would be names
+_PERSON = re.compile(
+    rf"{_WORD}(?:,? (?:[A-ZÀ-Þ]\.|{_WORD})){{1,3}}|{_CAPITALS}, ?{_CAPITALS}(?: (?:[A-ZÀ-Þ]\.?|{_CAPITALS})){{0,2}}"
+)
 _FEWEST = 5  # distinct cells before content says anything but "e-mail"
 _MOST = 2000  # distinct cells looked at
 
@@ -63,13 +99,18 @@ _MOST = 2000  # distinct cells looked at
 def by_name(column: str) -> str | None:
     """What a column's name says it holds, or None.
 
-    >>> by_name("PatientName"), by_name("date_of_birth"), by_name("heart_rate"), by_name("drug_name")
-    ('a name', 'a date of birth', None, None)
+    >>> by_name("PatientName"), by_name("NAME_LAST"), by_name("생년월일"), by_name("mobile_no")
+    ('a name', 'a name', 'a date of birth', 'a phone number')
+    >>> by_name("heart_rate"), by_name("drug_name"), by_name("cpr_performed"), by_name("주소증")
+    (None, None, None, None)
     """
     words = [word.lower() for word in _TOKENS.findall(column)]
-    whole = "".join(words)
-    if whole in _WHOLE_NAMES:
-        return _WHOLE_NAMES[whole]
+    alone = [word for word in words if word not in _COMPANIONS] or words[-1:]
+    if len(alone) == 1 and alone[0] in _ALONE:
+        return _ALONE[alone[0]]
+    korean = _KOREAN.get(_KOREAN_PREFIX.sub("", column)) or _KOREAN.get(column.strip())
+    if korean is not None:
+        return korean
     for pattern, kind in _NAMES:
         length = len(pattern)
         if any(tuple(words[i : i + length]) == pattern for i in range(len(words) - length + 1)):
@@ -95,18 +136,34 @@ def by_content(words: Sequence[str], rows: int) -> str | None:
 
     if share(_NATIONAL.fullmatch) >= 0.8 or share(_valid_number) >= 0.9:
         return "a national or hospital number"
-    if share(_ISO_DATE.fullmatch) >= 0.8:
-        years = sorted(int(match.group()) for cell in cells if (match := _YEAR.search(cell)))
+    years = sorted(year for cell in cells if (year := _year_of(cell)) is not None)
+    if len(years) >= 0.8 * len(cells):
         return _dates(years)
     if share(_POSTCODE.fullmatch) >= 0.8:
         return "a postcode"
-    if share(lambda cell: _PHONE.fullmatch(cell) and 8 <= sum(c.isdigit() for c in cell) <= 15) >= 0.5:
+    if share(_is_phone) >= 0.5:
         return "a phone number"
     own = len(words) >= 0.5 * rows
     if own and share(_PERSON.fullmatch) >= 0.8:
         return "a name"
     if own and (share(lambda cell: len(cell.split()) >= 4) >= 0.5 or sum(map(len, cells)) / len(cells) > 40):
         return "free text"
+    return None
+
+
+def _is_phone(cell: str) -> bool:
+    digits = sum(c.isdigit() for c in cell)
+    return bool(_PHONE.fullmatch(cell)) and 8 <= digits <= 15 and not _MEASURED.fullmatch(cell)
+
+
+def _year_of(cell: str) -> int | None:
+    """The year of a cell that is a date as people write them, or None."""
+    for form in _DATES:
+        match = form.fullmatch(cell.strip())
+        if match is not None:
+            year = int(match["year"])
+            century = 0 if year >= 100 else 2000 if year <= datetime.now().year % 100 else 1900
+            return century + year
     return None
 
 

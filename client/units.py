@@ -170,8 +170,6 @@ _LOCAL_UNITS = (
     "µmol/L", "mmol/L", "mg/dL", "g/L", "g/dL", "°F", "°C", "kPa", "mmHg", "lb", "kg", "cm", "m", "L/24h", "fraction",
     "10^9/L", "/µL", "months",
 )  # fmt: skip
-
-
 _WANTED_SHARE = 0.95
 
 

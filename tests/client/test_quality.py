@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import doctest
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from wardround.client import identifiers, tables
 from wardround.client.identifiers import by_content, by_name
 from wardround.client.quality import Quality, assess
 from wardround.common.config import MappingConfig
 from wardround.common.dictionary import Dictionary, parse_dictionary
 
 N = 60
+IDENTIFIES = (
+    "column '{}' looks like {}, which identifies a patient: remove it from the table, or, if it is none, say so in the "
+    "dictionary (not_identifying = true)"
+)
 
 
 def dictionary() -> Dictionary:
@@ -139,6 +145,11 @@ def test_several_rows_of_a_patient_are_a_note(tmp_path):
 PEOPLE = [
     f"{first} {last}" for first in ("Anna", "José", "Mei", "Olu") for last in ("Smith", "O'Brien", "Lindqvist")
 ] * 5
+LAST = [
+    f"{start}{end}"
+    for start in ("Sm", "Wr", "Lar", "Jens", "Kov", "Nov")
+    for end in ["ith", "ing", "sen", "ova", "ak", "an", "er", "el", "ick", "om"]
+]
 TEXTS = [f"Patient {i} was seen after a fall and is now stable" for i in range(N)]
 
 
@@ -156,6 +167,23 @@ TEXTS = [f"Patient {i} was seen after a fall and is now stable" for i in range(N
         ("nhs_number", ["x"] * N, "a national or hospital number"),
         ("MRN", ["x"] * N, "a national or hospital number"),
         ("clinical_notes", ["x"] * N, "free text"),
+        ("NAME_LAST", ["x"] * N, "a name"),
+        ("birth_dt", ["x"] * N, "a date of birth"),
+        ("Telefon", ["x"] * N, "a phone number"),
+        ("Adresse", ["x"] * N, "an address"),
+        ("mobile_no", ["x"] * N, "a phone number"),
+        ("CPR", ["x"] * N, "a national or hospital number"),
+        ("환자명", ["x"] * N, "a name"),
+        ("환자 성명", ["x"] * N, "a name"),
+        ("이름", ["x"] * N, "a name"),
+        ("생년월일", ["x"] * N, "a date of birth"),
+        ("주민등록번호", ["x"] * N, "a national or hospital number"),
+        ("전화번호", ["x"] * N, "a phone number"),
+        ("주소", ["x"] * N, "an address"),
+        ("d1", [f"{1930 + i}0{1 + i % 9}1{i % 9}" for i in range(N)], "a date of birth"),
+        ("d2", [f"12-{['JAN', 'FEB', 'MAR', 'APR'][i % 4]}-{1930 + i}" for i in range(N)], "a date of birth"),
+        ("d3", [f"12/03/{30 + i}" for i in range(N)], "a date of birth"),
+        ("n1", [f"{last.upper()}, JOHN{' A' * (i % 2)} {'XYZ'[i % 3] * 2}" for i, last in enumerate(LAST)], "a name"),
         ("v1", ["a", "anna@example.org"] * (N // 2), "an e-mail address"),
         ("v2", [f"19{30 + i % 60}-0{1 + i % 9}-1{i % 9}" for i in range(N)], "a date of birth"),
         ("v3", [f"+49 30 {100_000 + 7 * i}" for i in range(N)], "a phone number"),
@@ -167,7 +195,7 @@ TEXTS = [f"Patient {i} was seen after a fall and is now stable" for i in range(N
 )
 def test_direct_identifiers_are_refused_by_naming_the_column(tmp_path, column: str, cells: list, kind: str):
     texts = errors(checked(tmp_path, clean().assign(**{column: cells})))
-    assert texts == [f"column '{column}' looks like {kind}, which identifies a patient: remove it from the table"]
+    assert texts == [IDENTIFIES.format(column, kind)]
 
 
 def test_an_identifier_is_refused_even_where_the_dictionary_excludes_it(tmp_path):
@@ -199,18 +227,147 @@ def test_dates_in_birth_years_of_parquet_are_dates_of_birth_and_others_a_note(tm
     frame["admitted"] = pd.to_datetime([f"2021-03-{1 + i % 28:02d}" for i in range(N)])
     frame.to_parquet(tmp_path / "t.parquet")
     quality = assess(tmp_path / "t.parquet", dictionary(), MappingConfig())
-    assert errors(quality) == [
-        "column 'born' looks like a date of birth, which identifies a patient: remove it from the table"
-    ]
+    assert errors(quality) == [IDENTIFIES.format("born", "a date of birth")]
     assert any("column 'admitted' holds dates" in finding.text for finding in quality.findings)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["heart_rate", "drug_name_code", "hospital", "emailed_reminders", "birth_weight", "notest", "phosphate", "zipper"],
+    [
+        "cpr_performed",
+        "nhs_trust",
+        "street_drugs",
+        "prior_stroke_note",
+        "mail_survey_sent",
+        "mobile_at_discharge",
+        "주소증",
+        "약물이름",
+        "heart_rate",
+        "drug_name_code",
+        "hospital",
+        "emailed_reminders",
+        "birth_weight",
+        "notest",
+        "phosphate",
+        "zipper",
+    ],
 )
 def test_clinical_names_are_no_identifiers(name: str):
     assert by_name(name) is None
+
+
+def described(*entries: dict) -> Dictionary:
+    data = dictionary().model_dump()
+    data["features"] = [*data["features"], *entries]
+    return parse_dictionary(data, "x")
+
+
+def minutes(name: str, **more: object) -> dict:
+    return {"name": name, "label": name, "section": "S", "kind": "number", "low": 0, "high": 1e6, **more}
+
+
+def test_a_described_number_is_noted_for_its_name_not_refused(tmp_path):
+    clean().assign(cpr=np.arange(N) % 30).to_csv(tmp_path / "t.csv", index=False)
+    quality = assess(tmp_path / "t.csv", described(minutes("cpr")), MappingConfig())
+    assert quality.errors == ()
+    assert [finding.text for finding in quality.findings] == [
+        "column 'cpr' is named like a national or hospital number and described as a number: make sure that it is "
+        "measured"
+    ]
+
+
+def test_what_a_person_has_judged_not_identifying_is_no_identifier(tmp_path):
+    frame = clean().assign(comments=["short text of four words"] * N, cpr=np.arange(N) % 30)
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    left_out = {"name": "comments", "label": "c", "role": "excluded", "reason": "not asked", "not_identifying": True}
+    judged = described(minutes("cpr", not_identifying=True), left_out)
+    assert assess(tmp_path / "t.csv", judged, MappingConfig()).findings == ()
+
+
+def test_z_scores_and_negative_numbers_are_no_phone_numbers():
+    rng = np.random.default_rng(0)
+    assert by_content([f"{value:.10f}" for value in rng.normal(size=50)], 50) is None
+    assert by_content([str(-value) for value in rng.integers(10**8, 10**9, 50)], 50) is None
+    assert by_content([f"+49{value}" for value in rng.integers(10**9, 10**10, 50)], 50) == "a phone number"
+
+
+def test_blood_pressures_wards_and_recent_dates_are_nothing_that_identifies():
+    assert by_content([f"{110 + i}/{60 + i}" for i in range(50)], 50) is None
+    assert by_content([f"WARD {word}" for word in ["NORTH", "EAST", "SOUTH", "WEST", "MAIN"]], 5) is None
+    assert by_content([f"{1 + i % 28}/03/2{i % 3}" for i in range(50)], 50) == "a date"
+
+
+LONG = 400
+
+
+def long_table(**columns: object) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    frame = {
+        "pid": [f"p{i // 2}" for i in range(LONG)],
+        "age": rng.integers(20, 90, LONG),
+        "sex": np.arange(LONG) % 2 + 1,
+        "crea": rng.uniform(0.5, 4, LONG).round(1),
+        "dead": np.arange(LONG) // 2 % 2,
+    }
+    return pd.DataFrame({**frame, **columns})
+
+
+@pytest.mark.parametrize(
+    ("cells", "serial"),
+    [
+        (np.random.default_rng(1).permutation(10**6)[:LONG], True),  # one for each row
+        (np.repeat(np.random.default_rng(1).permutation(10**6)[: LONG // 2], 2), True),  # one for each patient
+        (np.r_[np.random.default_rng(1).permutation(10**6)[: LONG - 3], [np.nan] * 3], True),
+        (np.random.default_rng(1).integers(0, 5000, LONG), False),
+        (np.random.default_rng(1).uniform(0, 100, LONG).round(3), False),
+    ],
+    ids=["rows", "patients", "missing", "measured", "decimals"],
+)
+def test_numbers_of_stays_are_not_measurements(tmp_path, cells: np.ndarray, serial: bool):
+    long_table(stay=cells).to_csv(tmp_path / "t.csv", index=False)
+    stay = minutes("stay", decimals=3)
+    quality = assess(tmp_path / "t.csv", described(stay), MappingConfig())
+    expected = "column 'stay' holds a whole number that never occurs twice, like the number of a stay: give it role"
+    assert [text.startswith(expected) for text in errors(quality)] == [True] * serial
+    judged = assess(tmp_path / "t.csv", described({**stay, "not_identifying": True}), MappingConfig())
+    assert judged.errors == ()
+    long_table(stay=cells)[:150].to_csv(tmp_path / "t.csv", index=False)
+    assert assess(tmp_path / "t.csv", described(stay), MappingConfig()).errors == ()  # too few rows to tell
+
+
+def test_texts_that_a_draft_left_to_do_are_errors(tmp_path):
+    clean().to_csv(tmp_path / "t.csv", index=False)
+    data = dictionary().model_dump()
+    data["title"] = "TODO: what small is"
+    data["features"][1]["label"] = "TODO age"
+    data["features"][4]["question"] = "TODO: Dead?"
+    data["features"][5]["reason"] = "TODO: nobody knows yet"  # an excluded column is not shown
+    assert errors(assess(tmp_path / "t.csv", parse_dictionary(data, "x"), MappingConfig())) == [
+        "the dictionary: its title still says TODO",
+        "'age': its label still says TODO",
+        "'dead': its question still says TODO",
+    ]
+
+
+def test_words_that_are_sentinels_of_a_number_are_counted_as_sentinels(tmp_path):
+    data = dictionary().model_dump()
+    data["features"][1]["sentinels"] = [999, "not done"]
+    frame = clean().astype({"age": object})
+    frame.loc[0:3, "age"], frame.loc[4:5, "age"], frame.loc[6:8, "age"] = "not done", 999, ""
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    quality = assess(tmp_path / "t.csv", parse_dictionary(data, "x"), MappingConfig())
+    assert (quality.columns[0].sentinel, quality.columns[0].missing) == (6 / N, 3 / N)
+
+
+def test_a_column_without_a_name_is_listed_as_such(tmp_path):
+    clean().to_csv(tmp_path / "t.csv")  # pandas writes its row index, without a name
+    quality = assess(tmp_path / "t.csv", dictionary(), MappingConfig())
+    assert quality.not_described == ("(column 1, without a name)",) and quality.errors == ()
+
+
+def test_examples_in_docstrings_hold():
+    assert doctest.testmod(identifiers).failed == 0
+    assert doctest.testmod(tables).failed == 0
 
 
 def test_a_coded_category_may_have_any_name(tmp_path):
