@@ -20,7 +20,7 @@ import pyarrow as pa
 from ..common.dictionary import Dictionary, Feature
 from ..common.errors import RegistryError
 from . import tables
-from .quality import identifier_in
+from .quality import identifier_in, is_serial
 from .tables import MISSING_WORDS
 
 MAX_LEVELS = 50  # more different words than this are no category
@@ -42,10 +42,13 @@ _OUTCOME_WORDS = re.compile(
     r"(?:^|_)(?:dead|death|died|deceased|mort(?:ality)?|outcome|event|mace|readmi\w*|hospdead|surviv\w*)(?:_|$|\d)"
 )
 _CONSEQUENCE_WORDS = re.compile(r"(?:^|_)(?:los|length_of_stay|charges?|costs?|discharge\w*|follow_?up|time)(?:_|$|\d)")
+_RUNNING_WORDS = {"id", "nr", "no", "num", "number", "key", "index"}  # `encounter_id`: at the end of a column's name
+_FEWEST_ROWS = 20  # in shorter tables nothing is said of how often values repeat
 _NINES = {9.0, 99.0, 999.0, 9999.0, 99999.0, -1.0, -9.0, -99.0, -999.0, -9999.0, 88.0, 888.0}
 _SPIKE_SHARE, _SPIKE_TIMES = 0.08, 4.0  # one value this frequent, and this many times the next
 _HEAD = (
-    "A draft made from the table itself. Read every line, correct it, and remove the TODO comments:",
+    "A draft made from the table itself. Read every line, correct it, and remove the TODO comments (check refuses a",
+    "title, label, section, description or question that still says TODO):",
     "- label, unit, section: as a clinician would write them; description where the label is not enough",
     "- low, high: what is plausible in any patient, not what this table happens to hold",
     "- known_at: days since admission when the value is known; an outcome is asked with what is known before it",
@@ -80,9 +83,14 @@ def read_columns(table: Path) -> tuple[pa.Table, dict[str, Column]]:
     """A whole table and what each column holds.
 
     Raises:
-        RegistryError: missing, damaged, ragged, not UTF-8, duplicate columns, or empty.
+        RegistryError: missing, damaged, ragged, not UTF-8, duplicate or nameless columns, or empty.
     """
     names = tables.columns_of(table)
+    if "" in names:
+        raise RegistryError(
+            f"{table}: column {names.index('') + 1} has no name; give it one, or leave it out (pandas writes its row "
+            f"index so: to_csv(…, index=False))"
+        )
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise RegistryError(f"{table}: column '{twice}' occurs {names.count(twice)} times; keep one")
@@ -142,12 +150,13 @@ def finish(source: Path, features: list[Feature], notes: dict[str, tuple[str, ..
     """
     if not any(feature.role == "feature" for feature in features):
         raise RegistryError(f"{source}: no usable feature: no column can be shown or asked")
-    labels: dict[str, int] = {}
+    taken: set[str] = set()
     for position, feature in enumerate(features):
-        if feature.used:
-            labels[feature.label] = labels.get(feature.label, 0) + 1
-            if labels[feature.label] > 1:
-                features[position] = feature.model_copy(update={"label": f"{feature.label} ({feature.name})"})
+        label = feature.label
+        while feature.used and label in taken:
+            label = f"{label} ({feature.name})"
+        taken |= {label} if feature.used else set()
+        features[position] = feature.model_copy(update={"label": label})
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", source.stem)[:64] or "registry"
     return Draft(Dictionary(name=name, title=f"TODO: what {source.stem} is", features=tuple(features)), notes)
 
@@ -180,7 +189,9 @@ def draft_entry(data: pa.Table, column: Column) -> tuple[Feature, list[str]]:
     if kind == "a date":
         return excluded("a date", "share an age or a number of days instead")
     if kind is not None:
-        return excluded(f"looks like {kind}", "a direct identifier: remove the column from the table")
+        return excluded(
+            f"looks like {kind}", "a direct identifier: remove it from the table; else give it not_identifying = true"
+        )
     if not column.words:
         return excluded("empty in every row")
     if len(column.words) == 1:
@@ -189,13 +200,26 @@ def draft_entry(data: pa.Table, column: Column) -> tuple[Feature, list[str]]:
     coded = column.numbers is None or (whole and len(column.words) <= _NUMBER_LEVELS)
     if coded and len(column.words) > MAX_LEVELS:
         return excluded(f"{len(column.words)} different words", "group them into at most 50 levels, or leave it out")
-    if coded and len(column.words) > 0.5 * column.rows and column.rows > 20:
+    if coded and len(column.words) > 0.5 * column.rows and column.rows > _FEWEST_ROWS:
         return excluded("nearly every row has a word of its own", "free text or a code list?")
     if coded:
         return _draft_category(column, label)
+    if whole and column.numbers is not None and _is_running(name, column.numbers):
+        return excluded("a number of the patient, the stay or the sample", "or is it a measurement?")
     if _CONSEQUENCE_WORDS.search(_plain(name)):
         return excluded("a length of stay, a cost or a follow-up time restates an outcome", "is that so?")
     return number_entry(column, label)
+
+
+def _is_running(name: str, values: np.ndarray) -> bool:
+    """Whether whole numbers count rows, stays or samples: by name, without a gap, or never twice."""
+    if len(values) <= _FEWEST_ROWS:
+        return False
+    distinct = np.unique(values)
+    if _plain(name).split("_")[-1] in _RUNNING_WORDS:
+        return len(distinct) > 0.5 * len(values)
+    gapless = len(distinct) == len(values) and distinct[-1] - distinct[0] == len(values) - 1
+    return bool(gapless) or is_serial(values, None)
 
 
 def _draft_category(column: Column, label: str) -> tuple[Feature, list[str]]:
@@ -244,9 +268,14 @@ def number_entry(column: Column, label: str, known: dict[str, Any] | None = None
     if "low" not in known or "high" not in known:
         low, high = _outward(values, decimals)
         lines.append(f"TODO: low and high are this table's extremes, rounded outward ({low:g} to {high:g})")
+        given = next((end for end in ("low", "high") if end in known), None)
         known = {"low": low, "high": high} | known
-    if known["low"] >= known["high"]:
-        known["high"] = known["low"] + 1
+        if known["low"] >= known["high"] and given is not None:
+            lines.append(f"TODO: every value of this table lies beyond {given} = {known[given]:g}: is it in this unit?")
+        if known["low"] >= known["high"]:
+            known |= {"low": known["high"] - 1} if given == "high" else {"high": known["low"] + 1}
+    while decimals < 6 and np.floor(known["high"] * 10.0**decimals) <= np.ceil(known["low"] * 10.0**decimals):
+        decimals += 1  # a range given by a person may be narrower than the values' decimals can tell apart
     return Feature(
         name=column.name, label=label, section=known.pop("section", "Record"), kind="number", decimals=decimals,
         sentinels=tuple(sentinels), scale=_scale(values, known["low"]), **known,
@@ -279,12 +308,16 @@ def _spike(values: np.ndarray) -> tuple[float, float] | None:
 
 
 def _decimals(values: np.ndarray) -> int:
-    """Fewest decimals that keep 99 % of the values; a stored 0.8999 counts as 0.9."""
-    for decimals in range(4 if values.size else 0):
+    """Fewest decimals that keep 99 % of the values (a stored 0.8999 counts as 0.9), else 3 significant digits."""
+    sizes = np.abs(values[values != 0])
+    if not sizes.size:
+        return 0
+    significant = int(np.clip(2 - math.floor(math.log10(float(np.median(sizes)))), 0, 6))
+    for decimals in range(max(3, significant) + 1):
         rest = np.abs(values - np.round(values, decimals))
         if np.mean(rest <= np.maximum(1e-9, 3e-4 * np.abs(values))) >= 0.99:
             return decimals
-    return 2 if values.size else 0
+    return significant
 
 
 def _outward(values: np.ndarray, decimals: int) -> tuple[float, float]:

@@ -8,11 +8,14 @@ from the exported table and marked TODO. Identifiers, notes, dates and free text
 from __future__ import annotations
 
 import csv
+import html
+import io
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..common.dictionary import Feature
+from ..common.dictionary import MAX_LEVELS, Feature, level_code
 from ..common.errors import RegistryError
 from .drafting import Column, Draft, finish, number_entry, pretty, read_columns
 
@@ -35,6 +38,12 @@ _DATE_VALIDATIONS = re.compile(r"date.*|time.*")
 _IDENTIFYING_VALIDATIONS = {"email", "phone", "phone_australia", "zipcode", "postalcode_australia", "ssn", "vmrn",
                             "mrn_10d", "mrn_generic", "postalcode_canada", "postalcode_uk"}  # fmt: skip
 _YES_NO = {"1": "yes", "0": "no"}
+# What REDCap's editor writes into labels. Only real tags, or "<200 or >400 mg" would lose its middle.
+_TAG = re.compile(
+    r"</?(?:a|b|big|blockquote|br|center|code|div|em|font|h[1-6]|hr|i|img|li|ol|p|pre|s|small|span|strong|sub|sup|table"
+    r"|tbody|td|th|thead|tr|u|ul)(?:\s+[\w-]+\s*=\s*(?:\"[^\"]*\"|'[^']*'|[^\s>\"']+))*\s*/?>|<!--.*?-->",
+    re.IGNORECASE | re.DOTALL,
+)
 _HEAD = (
     "Imported from a REDCap data dictionary. Read every line, correct it, and remove the TODO comments:",
     "- set role = \"outcome\", question and known_at for what is asked but never shown",
@@ -66,16 +75,10 @@ def read_redcap(path: Path) -> list[Field]:
     """The lines of a REDCap data dictionary.
 
     Raises:
-        RegistryError: no such file, not UTF-8, not REDCap's columns, a ragged row, or no field in it.
+        RegistryError: no such file, not UTF-8, not REDCap's columns, a ragged row, an unclosed quotation mark, a
+            variable twice, or no field in it.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise RegistryError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise RegistryError(f"{path}: line {line} is not UTF-8 text; save it as 'CSV UTF-8'") from None
-    rows = list(csv.reader(text.splitlines(keepends=True)))
+    rows = _rows(path)
     if not rows:
         raise RegistryError(f"{path}: the file is empty")
     heading = [cell.strip().lower() for cell in rows[0]]
@@ -97,6 +100,9 @@ def read_redcap(path: Path) -> list[Field]:
         cell = {ours: _text(cells[index]) for ours, index in place.items()}
         if not cell["name"]:
             raise RegistryError(f"{path}: row {number} has no variable name")
+        twice = next((field.row for field in fields if field.name == cell["name"]), None)
+        if twice is not None:
+            raise RegistryError(f"{path}: row {number}: variable '{cell['name']}' was described in row {twice} already")
         if cell["form"] != form:
             form, section = cell["form"], ""  # a section header holds until the next one, within its form
         section = cell["section"] or section
@@ -122,9 +128,31 @@ def read_redcap(path: Path) -> list[Field]:
     return fields
 
 
+def _rows(path: Path) -> list[list[str]]:
+    """All rows of a CSV file, heading first."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise RegistryError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise RegistryError(f"{path}: expected a file, got a folder") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise RegistryError(f"{path}: line {line} is not UTF-8 text; save it as 'CSV UTF-8'") from None
+    rows: list[list[str]] = []
+    try:
+        rows += csv.reader(
+            io.StringIO(text, newline=""), strict=True
+        )  # lines end in \n or \r alone: labels hold others
+    except csv.Error:
+        where = f"row {len(rows)}" if rows else "the header"
+        raise RegistryError(f"{path}: {where}: a quotation mark is not closed, or stands inside a cell") from None
+    return rows
+
+
 def _text(cell: str) -> str:
     """A cell without HTML and line breaks."""
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", cell)).strip()
+    return re.sub(r"\s+", " ", html.unescape(_TAG.sub(" ", cell))).strip()
 
 
 def choices_of(field: Field, path: Path) -> dict[str, str]:
@@ -138,17 +166,16 @@ def choices_of(field: Field, path: Path) -> dict[str, str]:
         if not choice.strip():
             continue
         code, comma, label = choice.partition(",")
-        if not comma or not code.strip():
+        code = level_code(code)
+        if not comma or not code:
             raise RegistryError(
                 f"{path}: row {field.row}, field '{field.name}': expected choices as 'code, label | code, label'"
             )
-        if code.strip() in result:
-            raise RegistryError(f"{path}: row {field.row}, field '{field.name}': code '{code.strip()}' occurs twice")
-        result[code.strip()] = _text(label) or code.strip()
-    seen: dict[str, int] = {}
-    for label in result.values():
-        seen[label] = seen.get(label, 0) + 1
-    return {code: label if seen[label] == 1 else f"{label} ({code})" for code, label in result.items()}
+        if code in result:
+            raise RegistryError(f"{path}: row {field.row}, field '{field.name}': code '{code}' occurs twice")
+        result[code] = _text(label) or code
+    seen = list(result.values())
+    return {code: label if seen.count(label) == 1 else f"{label} ({code})" for code, label in result.items()}
 
 
 def import_redcap(path: Path, table: Path) -> Draft:
@@ -159,14 +186,25 @@ def import_redcap(path: Path, table: Path) -> Draft:
         table: the records, exported raw (codes, not labels).
 
     Raises:
-        RegistryError: either file cannot be read, or nothing in it can be a feature.
+        RegistryError: either file cannot be read, the table has no record id, a field contradicts itself, or nothing
+            in it can be a feature.
     """
     fields = read_redcap(path)
     _, columns = read_columns(table)
+    if fields[0].name not in columns:
+        raise RegistryError(
+            f"{table}: no column '{fields[0].name}', the record id by the first field of {path.name}; export the "
+            f"records with it"
+        )
     features = [Feature(name=fields[0].name, label="Patient", role="id")]  # REDCap's first field is the record id
     notes: dict[str, tuple[str, ...]] = {"": _HEAD}
     for field in fields[1:]:
         for entry, lines in _entries(field, path, columns):
+            if any(feature.name == entry.name for feature in features):  # choices a and A have one column's name
+                raise RegistryError(
+                    f"{path}: row {field.row}, field '{field.name}': column '{entry.name}' would be described twice; "
+                    f"change one of the codes in REDCap"
+                )
             features.append(entry)
             if entry.used and entry.name not in columns:
                 lines = [*lines, f"TODO: {table.name} has no column '{entry.name}'"]
@@ -191,6 +229,9 @@ def _entries(field: Field, path: Path, columns: dict[str, Column]) -> list[tuple
     def category(column: str, title: str, levels: dict[str, str]) -> tuple[Feature, list[str]]:
         if len(levels) < 2:
             return Feature(name=column, label=title, role="excluded", reason="one level"), []
+        if len(levels) > MAX_LEVELS:
+            reason = f"TODO: {len(levels)} levels, group them into at most {MAX_LEVELS}"
+            return Feature(name=column, label=title, role="excluded", reason=reason), []
         return Feature(name=column, label=title, section=field.section, description=field.note, levels=levels), []
 
     if field.type == "descriptive":
@@ -212,7 +253,7 @@ def _entries(field: Field, path: Path, columns: dict[str, Column]) -> list[tuple
             for code, choice in choices_of(field, path).items()
         ]
     if field.type in ("calc", "slider") or (field.type == "text" and _NUMBER_VALIDATIONS.fullmatch(field.validation)):
-        return _number(field, columns.get(name))
+        return [_number(field, path, columns.get(name))]
     if field.type == "text":
         if field.validation in _IDENTIFYING_VALIDATIONS:
             return excluded(f"a direct identifier ({field.validation})")
@@ -222,23 +263,28 @@ def _entries(field: Field, path: Path, columns: dict[str, Column]) -> list[tuple
     raise RegistryError(f"{path}: row {field.row}, field '{name}': unknown field type '{field.type}'")
 
 
-def _number(field: Field, column: Column | None) -> list[tuple[Feature, list[str]]]:
+def _number(field: Field, path: Path, column: Column | None) -> tuple[Feature, list[str]]:
     known: dict[str, float | str] = {"section": field.section, "description": field.note}
     low, high = _bound(field.min), _bound(field.max)
     if field.type == "slider":
         low, high = 0.0 if low is None else low, 100.0 if high is None else high
+    if low is not None and high is not None and low >= high:
+        raise RegistryError(
+            f"{path}: row {field.row}, field '{field.name}': expected validation min < max, got {low:g} and {high:g}"
+        )
     known |= {key: value for key, value in (("low", low), ("high", high)) if value is not None}
     if column is None or column.numbers is None or column.numbers.size == 0:
-        if low is None or high is None or low >= high:
+        if low is None or high is None:
             reason = "TODO: a number without validation in REDCap and without values in the table: give low and high"
-            return [(Feature(name=field.name, label=field.label, role="excluded", reason=reason), [])]
+            return Feature(name=field.name, label=field.label, role="excluded", reason=reason), []
         column = Column(field.name, 0, (), None)
-    return [number_entry(column, field.label, known)]
+    return number_entry(column, field.label, known)
 
 
 def _bound(text: str) -> float | None:
     """A validation bound, None where there is none or it is a smart variable such as [today]."""
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
         return None
+    return value if math.isfinite(value) else None

@@ -178,7 +178,11 @@ def test_a_dictionary_is_drafted_to_the_screen_or_a_new_file(ward: Path, capsys)
     assert code == 0 and 'name = "age"' in out and "TODO" in out and "3 entries" in err
     assert run(capsys, "client", "dictionary", table, "--out", ward / "new" / "d.toml")[0] == 0
     assert load_dictionary(ward / "new" / "d.toml").id_column == "pid"
-    assert run(capsys, "client", "check", table, ward / "new" / "d.toml")[0] == 0
+    code, _, err = run(capsys, "client", "check", table, ward / "new" / "d.toml")
+    assert code == 2 and err == f"error: {table}: the dictionary: its title still says TODO\n"
+    finished = (ward / "new" / "d.toml").read_text().replace('title = "TODO: what long is"', 'title = "A ward"')
+    (ward / "finished.toml").write_text(finished)
+    assert run(capsys, "client", "check", table, ward / "finished.toml")[0] == 0
     code, _, err = run(capsys, "client", "dictionary", table, "--out", ward / "new" / "d.toml")
     assert code == 2 and "exists already" in err
     code, _, err = run(capsys, "client", "dictionary", ward / "none.csv", "--out", ward / "other" / "d.toml")

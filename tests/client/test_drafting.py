@@ -80,6 +80,69 @@ def test_ranges_are_rounded_outward_past_the_extremes_of_the_table(tmp_path):
     assert (entry.low, entry.high) == (40, 190)
 
 
+@pytest.mark.parametrize(
+    ("values", "decimals"),
+    [
+        (np.arange(1, 91) / 10_000, 4),  # troponin in µg/L: two decimals would leave one value
+        (np.random.default_rng(0).uniform(0.0001, 0.009, 90), 5),
+        (np.arange(1, 91) * 1e-6, 6),
+        (np.arange(1, 91) * 1e-7, 6),
+        (np.random.default_rng(0).normal(7.4, 0.05, 90), 3),
+        (np.random.default_rng(0).normal(140, 5, 90), 2),
+        (np.random.default_rng(0).uniform(0.5, 4, 90).round(1).astype(np.float32), 1),
+    ],
+)
+def test_small_numbers_keep_their_significant_digits(tmp_path, values: np.ndarray, decimals: int):
+    pd.DataFrame({"pid": [f"p{i}" for i in range(90)], "x": values}).to_parquet(tmp_path / "t.parquet")
+    entry = draft(tmp_path / "t.parquet").dictionary.feature("x")
+    assert entry.decimals == decimals
+    low, high = entry.bounds
+    assert low <= values.min() and high >= values.max()
+
+
+def test_numbers_of_patients_stays_and_samples_are_excluded(tmp_path):
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        {
+            "pid": [f"p{i}" for i in range(80)],
+            "encounter_id": rng.permutation(10**6)[:80] + 3_000_000,
+            "stayNr": np.arange(80) + 880_000,
+            "row": rng.permutation(80),
+            "crp": rng.integers(0, 90, 80),
+            "children_no": rng.integers(0, 9, 80),
+        }
+    )
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    drafted = draft(tmp_path / "t.csv")
+    roles = {feature.name: feature.role for feature in drafted.dictionary.features}
+    assert [roles[name] for name in ("encounter_id", "stayNr", "row")] == ["excluded"] * 3
+    assert [roles[name] for name in ("crp", "children_no")] == ["feature"] * 2
+    assert drafted.notes["encounter_id"] == ("TODO: or is it a measurement?",)
+    frame.assign(sample=0).iloc[:10].to_csv(tmp_path / "t.csv", index=False)  # so few rows say nothing
+    assert draft(tmp_path / "t.csv").dictionary.feature("encounter_id").role == "feature"
+
+
+def test_a_sample_number_that_is_not_named_so_is_excluded_in_a_long_table(tmp_path):
+    sample = np.random.default_rng(0).permutation(10**6)[:N]
+    pd.DataFrame({"pid": range(N), "sample": sample, "x": np.arange(N) % 9}).to_csv(tmp_path / "t.csv", index=False)
+    assert draft(tmp_path / "t.csv").dictionary.feature("sample").role == "excluded"
+
+
+def test_a_column_without_a_name_is_refused(tmp_path):
+    table().to_csv(tmp_path / "t.csv")
+    with pytest.raises(RegistryError, match=r"t\.csv: column 1 has no name; give it one, or leave it out \(pandas"):
+        draft(tmp_path / "t.csv")
+
+
+def test_labels_that_are_made_unique_stay_so(tmp_path):
+    frame = pd.DataFrame({"pid": range(40), "a_b": np.arange(40) % 7, "a b": np.arange(40) % 6, "A b a b": 1.5})
+    frame["A b a b"] += np.arange(40) % 9
+    frame["A-B"] = frame["a_b"]
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    labels = [feature.label for feature in draft(tmp_path / "t.csv").dictionary.used]
+    assert len(labels) == len(set(labels)) == 4
+
+
 def test_a_draft_of_the_synthetic_registry_loads(tmp_path):
     frame, _ = make(500, seed=1)
     frame.to_parquet(tmp_path / "t.parquet")

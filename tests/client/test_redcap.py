@@ -138,6 +138,23 @@ def test_the_same_label_twice_is_told_apart(tmp_path):
         ([FIELDS[0], field("x", "hologram")], HEADER, "row 2, field 'x': unknown field type 'hologram'"),
         ([FIELDS[0], field("", "text")], HEADER, "row 2 has no variable name"),
         ([FIELDS[0], FIELDS[1]], HEADER, "no usable feature"),
+        ([FIELDS[0], FIELDS[5], FIELDS[5]], HEADER, "row 3: variable 'sex' was described in row 2 already"),
+        (
+            [FIELDS[0], field("c", "checkbox", choices="a, One | A, Two")],
+            HEADER,
+            "row 2, field 'c': column 'c___a' would be described twice; change one of the codes",
+        ),
+        (
+            [field("study", "text"), FIELDS[5]],
+            HEADER,
+            "records.csv: no column 'study', the record id by the first field",
+        ),
+        (
+            [FIELDS[0], field("age", "text", valid="integer", low="90", high="5")],
+            HEADER,
+            "row 2, field 'age': expected validation min < max, got 90 and 5",
+        ),
+        ([FIELDS[0], field("x", "radio", choices="1, a | 1.0, b")], HEADER, "row 2, field 'x': code '1' occurs twice"),
     ],
 )
 def test_a_broken_redcap_dictionary_is_one_line(tmp_path, fields, header, line: str):
@@ -152,6 +169,59 @@ def test_a_redcap_file_that_is_missing_or_not_utf8_is_one_line(tmp_path):
     (tmp_path / "dd.csv").write_bytes(b"Variable / Field Name\nJos\xe9\n")
     with pytest.raises(RegistryError, match="line 2 is not UTF-8"):
         read_redcap(tmp_path / "dd.csv")
+
+
+@pytest.mark.parametrize("length", [20, 200_000], ids=["short", "long"])
+def test_an_unclosed_quotation_mark_names_its_row(tmp_path, length: int):
+    path = write(tmp_path, FIELDS[:3])
+    path.write_text(path.read_text("utf-8-sig") + 'late,base,,text,"Late' + "x" * length + "\n")
+    with pytest.raises(RegistryError, match="row 4: a quotation mark is not closed"):
+        read_redcap(path)
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\x0b", "\x0c", "\x85", "\n"])
+def test_a_label_may_hold_any_line_break(tmp_path, character: str):
+    fields = read_redcap(write(tmp_path, [FIELDS[0], field("a", "yesno", f"Fever{character}today"), FIELDS[10]]))
+    assert [read.name for read in fields] == ["record_id", "a", "dead"] and fields[1].label == "Fever today"
+
+
+@pytest.mark.parametrize(
+    ("label", "shown"),
+    [
+        ("Dose <200 or >400 mg", "Dose <200 or >400 mg"),
+        ('<div class="rich-text-field-label"><p>Age &gt; 18</p></div>', "Age > 18"),
+        ("a<b and c>d", "a<b and c>d"),
+        ("<span style='color:red'>Weight</span><br/>(kg)", "Weight (kg)"),
+        ("PaO<sub>2</sub>", "PaO 2"),
+    ],
+)
+def test_only_real_tags_are_taken_out_of_labels(tmp_path, label: str, shown: str):
+    assert read_redcap(write(tmp_path, [field("x", "yesno", label)]))[0].label == shown
+
+
+def imported(folder: Path, *fields: list[str]):
+    drafted = import_redcap(write(folder, [FIELDS[0], FIELDS[5], *fields]), records(folder))
+    return {feature.name: feature for feature in drafted.dictionary.features}, drafted.notes
+
+
+def test_a_bound_that_contradicts_the_table_stays_and_waits_for_a_person(tmp_path):
+    entry, notes = imported(tmp_path, field("age", "text", valid="number", low="nan", high="5"))
+    assert (entry["age"].low, entry["age"].high) == (4, 5)
+    assert "TODO: every value of this table lies beyond high = 5: is it in this unit?" in notes["age"]
+    entry, _ = imported(tmp_path, field("age", "text", valid="number", low="500"))
+    assert (entry["age"].low, entry["age"].high) == (500, 501)
+
+
+def test_a_range_narrower_than_the_decimals_of_the_table_gets_more_of_them(tmp_path):
+    entry, _ = imported(tmp_path, field("age", "text", valid="number", low="0.2", high="0.9"))
+    assert entry["age"].decimals == 1
+
+
+def test_codes_are_written_as_cells_are_read_and_too_many_wait_for_a_person(tmp_path):
+    many = " | ".join(f"{i}, Level {i}" for i in range(255))
+    entry, _ = imported(tmp_path, field("a", "radio", choices="1.0, One | 2.0, Two"), field("b", "radio", choices=many))
+    assert dict(entry["a"].levels) == {"1": "One", "2": "Two"}
+    assert entry["b"].role == "excluded" and entry["b"].reason == "TODO: 255 levels, group them into at most 254"
 
 
 def test_choices_with_equal_labels_keep_their_codes(tmp_path):
