@@ -134,11 +134,13 @@ def table(evaluation: Mapping[str, Any]) -> Table:
     from rich.table import Table
 
     models = [name for name in MODELS if name in evaluation]
-    generated = any(evaluation[name]["mean_length"] > 0 for name in models)
+    generated = any(evaluation[name]["box_rate"] is not None for name in models)
+    earlier_models = [name for name in ("base", "warmup") if name in evaluation]
     grid = Table(title=f"Held-out test patients: {evaluation['n']:,} questions", box=SIMPLE_HEAD, pad_edge=False)
     grid.title_justify = "left"
     grid.add_column("model", no_wrap=True)
-    for heading in ("accuracy, %", "− base", "− warmed up", *(("boxed", "tokens") if generated else ())):
+    differences = [f"− {LABELS[earlier]}" for earlier in earlier_models]
+    for heading in ("accuracy, %", *differences, *(("boxed", "tokens") if generated else ())):
         grid.add_column(heading, justify="right", no_wrap=True)
     for name in rows_of(evaluation):
         if name == "chance":
@@ -146,11 +148,12 @@ def table(evaluation: Mapping[str, Any]) -> Table:
             continue
         row = evaluation[name]
         cells = [f"{100 * row['accuracy']:.1f}\n{interval(row['ci95']).removesuffix(' %')}"]
-        for earlier in ("base", "warmup"):
+        for earlier in earlier_models:
             pair = f"{name}-{earlier}"
             cells.append("\n".join(compared(evaluation["paired"][pair])) if pair in evaluation["paired"] else "")
         if generated and name in models:
-            cells += [percent(row["box_rate"]), f"{row['mean_length']:.1f}"]
+            boxed = "" if row["box_rate"] is None else percent(row["box_rate"])
+            cells += [boxed, f"{row['mean_length']:.1f}"]
         grid.add_row(LABELS[name], *cells)
     return grid
 
@@ -166,6 +169,18 @@ def rows_of(evaluation: Mapping[str, Any]) -> list[str]:
     return [name for name in (*MODELS, "majority", "chance") if name in evaluation]
 
 
+def shown(comparison: Mapping[str, Any]) -> int:
+    """Whether a paired difference is shown: 1 better, −1 worse, 0 neither.
+
+    Only where both say so that stand beside it: the bootstrap interval leaves 0 out, and exact McNemar p < 0.05. With
+    few differing answers the interval alone is too quick: 4 against 0 is p = 0.12.
+    """
+    low, high = comparison["ci95"]
+    if comparison["mcnemar_p"] >= 0.05:
+        return 0
+    return int(low > 0) - int(high < 0)
+
+
 def verdict(evaluation: Mapping[str, Any]) -> str:
     """What the rounds added, or that nothing measurable was added; one sentence and its figures."""
     before = "warmup" if "warmup" in evaluation else "base"
@@ -174,14 +189,14 @@ def verdict(evaluation: Mapping[str, Any]) -> str:
     low, high = comparison["ci95"]
     figures = f"95 % interval {points(low)} to {points(high)}, {p_value(comparison['mcnemar_p'])}, n = {n:,}"
     size = f"{100 * abs(comparison['difference']):.1f} points"
-    if low > 0:
+    if shown(comparison) > 0:
         return f"The rounds raised accuracy over the {name} model by {size} ({figures})."
-    if high < 0:
+    if shown(comparison) < 0:
         return f"The rounds lowered accuracy below the {name} model's by {size} ({figures}): keep the {name} model."
     if comparison["only_later"] == comparison["only_earlier"] == 0:
         return f"The rounds changed no result: final and {name} model were right on the same {n:,} questions."
     return (
-        f"The interval of final − {name} includes 0: these rounds added nothing that n = {n:,} can show "
+        f"Final and {name} model cannot be told apart: these rounds added nothing that n = {n:,} can show "
         f"({points(comparison['difference'])} points, {figures}). An evaluation of this size misses a true difference "
         f"under {100 * comparison['detectable']:.1f} points more than one time in five."
     )
@@ -199,8 +214,8 @@ def baselines(evaluation: Mapping[str, Any]) -> str:
     comparison = evaluation["paired"]["final-majority"]
     low, high = (points(bound) for bound in comparison["ci95"])
     figures = f"{points(comparison['difference'])} points, {low} to {high}, {p_value(comparison['mcnemar_p'])}"
-    if comparison["ci95"][0] > 0:
+    if shown(comparison) > 0:
         return f"{against_chance} and is better than always choosing the most frequent option ({figures})."
-    if comparison["ci95"][1] < 0:
+    if shown(comparison) < 0:
         return f"{against_chance} and is worse than always choosing the most frequent option ({figures})."
     return f"{against_chance}; it cannot be told from always choosing the most frequent option ({figures})."

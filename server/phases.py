@@ -184,5 +184,6 @@ class Consortium:
 
 
 def _fits(reply: Reply, instruction: Instruction, name: str) -> bool:
-    """Whether a reply answers this instruction to this site."""
-    return (reply.run_id, reply.round_index, reply.site) == (instruction.run_id, instruction.round_index, name)
+    """Whether a reply answers this instruction to this site; "node 3" is what we call a stranger, not a name."""
+    asked = (instruction.run_id, instruction.round_index, name)
+    return (reply.run_id, reply.round_index, reply.site) == asked and _NAME.fullmatch(reply.site) is not None

@@ -70,7 +70,7 @@ def write_report(
         rounds: the objects of rounds.jsonl, in order.
         config: the run's.
         provenance: content of model/provenance.json.
-        run: content of run.json: sites with their patients, warm-up report, validation of round 0, samples.
+        run: content of run.json: sites with their patients, losses, warm-up report, validation of round 0, samples.
         schema: content of schema.json.
     """
     if run["warmup"]["source"] == "none":
@@ -89,7 +89,7 @@ def write_report(
         result=_result_rows(evaluation),
         result_axis=plots.axis(_result_scale(evaluation)),
         rounds=[_round_row(record) for record in rounds],
-        failures=[(record["round"], site, code) for record in rounds for site, code in record["failures"].items()],
+        losses=run["losses"],
         learning=_learning_curve(rounds, run, provenance["kept_round"]),
         reward=_reward_curve(rounds),
         distribution=_reward_distribution(rounds, config),
@@ -164,9 +164,10 @@ def _key_figures(
     run: Mapping[str, Any],
     provenance: Mapping[str, Any],
 ) -> list[tuple[str, str]]:
-    patients = sum(site["patients"] for site in run["sites"].values())
+    took_part = [site for site in run["sites"].values() if site["rounds"]]
+    patients = sum(site["patients"] for site in took_part)
     return [
-        (str(len(run["sites"])), "simulated sites" if provenance["simulated"] else "sites"),
+        (str(len(took_part)), "simulated sites" if provenance["simulated"] else "sites"),
         (f"{patients:,}", "training patients"),
         (str(len(rounds)), "round" if len(rounds) == 1 else "rounds"),
         (f"{provenance['questions_trained']:,}", "questions trained"),

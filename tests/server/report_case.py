@@ -80,7 +80,7 @@ def case(
                 "validation_questions": 160,
                 "rolled_back": rolled_back,
                 "best_round": best,
-                "failures": {"hospital-3" + text: "timeout"} if index == 2 else {},
+                "failures": {"hospital-3" + text: "silent"} if index == 2 else {},
                 "model_digest": "a" * 64,
             }
         )
@@ -113,8 +113,8 @@ def case(
             "options": ["0.5", "1.2", "2.9", "7.0", "12.4"],
             "answer": "C",
             "models": {
-                "base": {"chosen": "A", "text": "The answer is A A A A A A A" + text if reasoning else ""},
-                "final": {"chosen": "C" if i != 1 else "D", "text": said + text if reasoning else ""},
+                "base": {"chosen": "A" if i else "–", "text": "The answer is A A A A A A A" + text},
+                "final": {"chosen": "C" if i != 1 else "D", "text": said + text},
             },
         }
         for i in range(3)
@@ -136,7 +136,15 @@ def case(
         "run": {
             "name": "demo",
             "dictionary": {"name": "support_icu", "title": "SUPPORT ICU" + text, "public": public},
-            "sites": {site + text: {"patients": 1001 + i} for i, site in enumerate(sites)},
+            "sites": {
+                site + text: {"patients": 1001 + i, "rounds": rounds if i < 4 else 0, "has_final": i != 2}
+                for i, site in enumerate([*sites, "hospital-5"])
+            },
+            "losses": [
+                {"phase": "warm-up", "round": 0, "site": "node 7", "code": "protocol"},
+                {"phase": "train", "round": 2, "site": "hospital-3" + text, "code": "silent"},
+                {"phase": "finalize", "round": rounds, "site": "hospital-3" + text, "code": "silent"},
+            ],
             "warmup": trained if warmup else {"source": "none"},
             "baseline": {"accuracy": 0.431, "questions": 160},
             "samples": samples,

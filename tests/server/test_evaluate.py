@@ -9,7 +9,16 @@ import pytest
 from rich.console import Console
 from wardround.common.errors import ProtocolError
 from wardround.common.statistics import Tally, summarise
-from wardround.server.evaluate import baselines, evaluate, pool, table, verdict, write_evaluation
+from wardround.server.evaluate import (
+    baselines,
+    evaluate,
+    pool,
+    read_samples,
+    table,
+    verdict,
+    without_warmup,
+    write_evaluation,
+)
 
 SECTIONS = {"albumin": "Laboratory", "sex": "Patient"}
 
@@ -60,9 +69,68 @@ def test_the_verdict_says_what_the_interval_says() -> None:
     assert "raised accuracy over the warmed-up model by 12.5 points" in verdict(summary(10, 50, 100, 160))
     assert "lowered accuracy below the warmed-up model's by 12.5 points" in verdict(summary(50, 10, 100, 160))
     nothing = verdict(summary(30, 34, 100, 156))
-    assert "includes 0: these rounds added nothing that n = 320 can show (+1.2 points" in nothing
+    assert "cannot be told apart: these rounds added nothing that n = 320 can show (+1.2 points" in nothing
     assert "more than one time in five" in nothing
     assert "changed no result" in verdict(summary(0, 0, 100, 220))
+
+
+def test_an_interval_without_0_is_not_enough_where_mcnemar_says_otherwise() -> None:
+    few = summary(0, 4, 150, 166)  # 4 against 0
+    comparison = few["paired"]["final-warmup"]
+    assert comparison["ci95"][0] > 0 and comparison["mcnemar_p"] == 0.125
+    assert "cannot be told apart" in verdict(few)
+    assert "raised accuracy" in verdict(summary(0, 6, 150, 164))  # 6 against 0: p = 0.03
+    assert "cannot be told from always" in baselines(summary(0, 0, 4, 316))
+
+
+def test_without_warm_up_the_table_has_no_column_of_it() -> None:
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(table(without_warmup(summary(10, 20, 50, 80))))
+    assert "warmed up" not in captured.get() and "− base" in captured.get()
+
+
+def test_answer_only_models_have_no_box_rate() -> None:
+    assert summary(10, 20, 50, 80)["final"]["box_rate"] is None
+    written = tally(10, 20, 50, 80)
+    written.length[:] = 3
+    assert summarise(written, SECTIONS, n_bootstrap=1000)["final"]["box_rate"] == 0.0
+
+
+GOOD = {
+    "target": "albumin",
+    "section": "Laboratory",
+    "text": "record",
+    "options": ["3.1", "3.5"],
+    "answer": "A",
+    "models": {name: {"chosen": "–", "text": ""} for name in ("base", "final")},
+}
+
+
+def test_samples_are_read_with_their_known_keys_and_the_name_of_their_sender() -> None:
+    (read,) = read_samples(json.dumps([{**GOOD, "site": "somebody else", "more": 1}]), "site-01", 1)
+    assert read == {**GOOD, "site": "site-01"}
+    assert read_samples("[]", "site-01", 0) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "{}",
+        "null",
+        "[1]",
+        json.dumps([GOOD, GOOD]),
+        json.dumps([{**GOOD, "text": 4}]),
+        json.dumps([{key: GOOD[key] for key in GOOD if key != "answer"}]),
+        json.dumps([{**GOOD, "models": {"base": GOOD["models"]["base"]}}]),
+        json.dumps([{**GOOD, "options": [1]}]),
+        "[" * 100_000,
+    ],
+)
+def test_samples_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(ProtocolError, match="samples of site-01: expected at most 1 "):
+        read_samples(text, "site-01", 1)
 
 
 def test_a_run_without_warm_up_is_compared_with_the_base() -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from wardround.common.config import RunConfig
-from wardround.common.errors import RunFolderError
+from wardround.common.config import RunConfig, packaged
+from wardround.common.errors import ConfigError, RunFolderError
 from wardround.server.journal import check_disk, check_folder, open_journal, write_rounds
 
 
@@ -95,6 +95,62 @@ def test_a_damaged_phase_says_what_to_do(tmp_path: Path):
         journal.read("schema")
     with pytest.raises(RunFolderError, match="missing"):
         journal.read("baseline")
+
+
+def test_advice_to_repeat_a_phase_is_given_only_where_nothing_was_built_on_it(tmp_path: Path):
+    with open_journal(tmp_path, config(), resume=False) as journal:
+        for index, step in ((1, "train"), (1, "apply"), (1, "validate"), (2, "train"), (2, "apply")):
+            journal.write(f"round-{index:05d}-{step}", {"n": 1})
+            path = tmp_path / "journal" / f"round-{index:05d}-{step}.record"
+            path.write_bytes(path.read_bytes()[:-3])
+        with pytest.raises(RunFolderError, match=r"damaged.*delete it to repeat that phase$"):
+            journal.read("round-00002-apply")
+        for early in ("round-00001-apply", "round-00001-validate", "round-00002-train"):
+            with pytest.raises(RunFolderError, match=r"later rounds were built on it: put a copy of the file back"):
+                journal.read(early)
+
+
+def test_resuming_with_an_edited_prompt_is_refused(tmp_path: Path):
+    prompt = tmp_path / "own.toml"
+    prompt.write_bytes(packaged("prompts", "en.toml").read_bytes())
+    own = config(model={"prompt": str(prompt)})
+    open_journal(tmp_path / "run", own, resume=False).close()
+    open_journal(tmp_path / "run", own, resume=True).close()
+    prompt.write_text(prompt.read_text().replace("an experienced", "a tired"))
+    with pytest.raises(RunFolderError, match=r"prompt '.*own\.toml' was edited since the run began"):
+        open_journal(tmp_path / "run", own, resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_prompt_that_does_not_exist_leaves_no_folder(tmp_path: Path, resume: bool):
+    with pytest.raises(ConfigError, match="no such template"):
+        open_journal(tmp_path / "run", config(model={"prompt": "nosuch"}), resume)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_below_a_file_is_refused(tmp_path: Path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunFolderError, match="expected a folder, got a file at"):
+        open_journal(tmp_path / "file" / "run", config(), resume=False)
+
+
+def test_what_a_kill_left_half_written_is_gone_when_the_folder_is_opened_again(tmp_path: Path):
+    open_journal(tmp_path, config(), resume=False).close()
+    for place in (tmp_path, tmp_path / "journal"):
+        (place / ".x.record.4711.tmp").write_bytes(b"half")
+    open_journal(tmp_path, config(), resume=True).close()
+    assert list(tmp_path.rglob(".*.tmp")) == []
+
+
+def test_losses_are_kept_over_processes_and_once_each(tmp_path: Path):
+    with open_journal(tmp_path, config(), resume=False) as journal:
+        assert journal.losses() == []
+        journal.add_losses("train", 1, {"b": "silent", "a": "refused"})
+    with open_journal(tmp_path, config(), resume=True) as journal:
+        journal.add_losses("train", 1, {"b": "silent"})
+        journal.add_losses("train", 2, {"b": "silent"})
+        found = [(loss["phase"], loss["round"], loss["site"], loss["code"]) for loss in journal.losses()]
+        assert found == [("train", 1, "b", "silent"), ("train", 1, "a", "refused"), ("train", 2, "b", "silent")]
 
 
 def test_a_full_disk_is_noticed_before_the_start(tmp_path: Path):

@@ -70,7 +70,9 @@ def test_the_page_shows_the_result_in_words_table_and_plot(tmp_path: Path) -> No
     for section in evaluation["by_section"]:
         assert section in shown
     assert "On 200 such questions that it was not trained on, accuracy went from 34.0 % to 99.0 %" in shown
-    assert "hospital-3 in round 2 (timeout)" in shown
+    assert "node 7 warm-up (protocol); hospital-3 train of round 2 (silent); hospital-3 finalize (silent)." in shown
+    assert "simulated sites 4" in shown and "training patients 4,010" in shown
+    assert "hospital-2 1,002 4 has it hospital-3 1,003 4 not yet" in shown and "hospital-5 1,005 0 has it" in shown
     assert "rolled back" in shown
     assert "No patient-level guarantee" in shown
     assert text.count("<h1>") == 1
@@ -129,6 +131,15 @@ def test_samples_of_a_registry_that_is_not_open_are_not_shown(tmp_path: Path) ->
     assert "questions and reasoning stay in each site's own report" in page.text()
     assert "Heart rate 118" not in text and "hypotensive" not in text
     assert "Heart rate 118" in written(tmp_path, public=True)[0]
+
+
+def test_a_scored_choice_is_not_mixed_up_with_the_text_beside_it(tmp_path: Path) -> None:
+    shown = written(tmp_path, reasoning=False)[1].text()
+    assert "final chose D: wrong" in shown
+    assert "(scored: letters only, no text)" in shown and "asked to think aloud, not scored:" in shown
+    assert "base chose –: wrong" in shown
+    shown = written(tmp_path, reasoning=True)[1].text()
+    assert "(scored: the answer its text ends in)" in shown and "think aloud, not scored" not in shown
 
 
 def test_answer_only_runs_without_warm_up_say_so(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +184,87 @@ def test_an_update_that_does_not_fit_is_left_out(tmp_path: Path, reply: Reply):
     go(tmp_path, Wrong(), config(rounds=1))
     assert lines(tmp_path)[0]["sites"] == ["site-01", "site-03"]
     assert lines(tmp_path)[0]["failures"] == {"site-02": "protocol"}
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"steps": -1},
+        {"questions": -4},
+        {"completions": 7},
+        {"boxed": 9},
+        {"completion_tokens": 2**62},
+        {"reward_sum": 1e300},
+        {"reward_sum": -1.0},
+        {"seconds": -1.0},
+        {"reward_histogram": np.array([1, 2, 1])},
+        {"reward_histogram": np.array([-1, 2, 1, 0, 0, 0, 0, 0])},
+        {"reward_histogram": np.array([2**62, 2**62, 2**62, 0, 0, 0, 0, 0])},
+        {"reward_histogram": np.array([1, 2, 2, 0, 0, 0, 0, 0])},
+    ],
+    ids=lambda numbers: f"{next(iter(numbers))}",
+)
+def test_statistics_that_no_training_gives_leave_their_site_out(tmp_path: Path, numbers: dict):
+    class Wrong(Sites):
+        def reply(self, site: str, instruction: Instruction) -> Reply:
+            right = super().reply(site, instruction)
+            return replace(right, **numbers) if site == "site-02" and isinstance(right, TrainReply) else right
+
+    go(tmp_path, Wrong(), config(rounds=1))
+    (line,) = lines(tmp_path)
+    assert (line["sites"], line["failures"]) == (["site-01", "site-03"], {"site-02": "protocol"})
+    assert (line["questions"], line["reward_mean"]) == (8, 0.5)
+
+
+@pytest.mark.parametrize("numbers", [{"correct": 101}, {"correct": -1}, {"questions": 10**6, "correct": 10**6}])
+def test_a_validation_that_cannot_be_does_not_count_towards_the_quorum(tmp_path: Path, numbers: dict):
+    class Wrong(Sites):
+        wrong: tuple[str, ...] = ("site-02",)
+
+        def reply(self, site: str, instruction: Instruction) -> Reply:
+            right = super().reply(site, instruction)
+            lies = site in self.wrong and instruction.round_index == 1 and isinstance(right, ValidateReply)
+            return replace(right, **numbers) if lies else right
+
+    go(tmp_path / "one", Wrong(), config(rounds=1))
+    assert lines(tmp_path / "one")[0]["validation_questions"] == 200
+    sites = Wrong()
+    sites.wrong = ("site-01", "site-02")
+    with pytest.raises(QuorumError, match=r"validate: .* 1 finished; site-01 \(protocol\), site-02 \(protocol\)"):
+        go(tmp_path / "two", sites, config(rounds=1))
+
+
+def test_every_round_begins_with_a_look_for_latecomers(tmp_path: Path):
+    sites, run, seen = Sites(), config(rounds=2), []
+    with open_journal(tmp_path, run, False) as journal:
+        consortium = Consortium(sites, run, journal, SilentProgress())
+        for node, name in enumerate(NAMES[:2], start=2):
+            consortium.cohort.admit(name, node, PATIENTS[name], sites.nodes())
+
+        def look() -> None:
+            seen.append(len(sites.asked))
+            consortium.cohort.admit("site-03", 4, PATIENTS["site-03"], sites.nodes())
+
+        rounds = Rounds(run, consortium, journal, "schema", ROUND_ZERO, look)
+        rounds.baseline()
+        rounds.run(Tracker(tmp_path, [], None))
+    assert seen == [2, 2 + 3 * 3]
+    assert [line["sites"] for line in lines(tmp_path)] == [NAMES, NAMES]
+
+
+def test_a_site_that_trained_and_is_gone_is_noted_as_absent(tmp_path: Path):
+    whole = Sites()
+    whole.stop_after = 3 + 3  # after round 1 was trained
+    with pytest.raises(Stopped):
+        go(tmp_path, whole, config(rounds=1))
+    sites, run = Sites(stored=whole.stored), config(rounds=1)
+    with open_journal(tmp_path, run, True) as journal:
+        consortium = Consortium(sites, run, journal, SilentProgress())
+        for node, name in enumerate(NAMES[:2], start=2):
+            consortium.cohort.admit(name, node, PATIENTS[name], sites.nodes())
+        Rounds(run, consortium, journal, "schema", ROUND_ZERO).run(Tracker(tmp_path, [], None))
+        assert journal.losses() == [{"phase": "collect", "round": 1, "site": "site-03", "code": "absent"}]
+    assert lines(tmp_path)[0]["sites"] == ["site-01", "site-02"]
 
 
 def test_patients_weigh_the_mean_as_declared_before_round_1(tmp_path: Path):

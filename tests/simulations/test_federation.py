@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,15 +12,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from wardround.client.folder import Site
 from wardround.client.registry import read_registry
-from wardround.common.config import RunConfig, load_run
+from wardround.common.adapter import Manifest, TensorSpec
+from wardround.common.config import RunConfig, load_run, load_site
 from wardround.common.dictionary import load_dictionary
 from wardround.common.errors import ConfigError, ModelError, RunFolderError
 from wardround.common.files import read_record
 from wardround.server.cohort import QuorumError
+from wardround.server.journal import open_journal
 from wardround.server.tracking import SilentProgress
-from wardround.simulations.federation import load_registry, simulate
+from wardround.simulations.federation import divide, load_registry, needed_bytes, simulate, write_sites
 
 REPOSITORY = Path(__file__).parents[2]
 PHASES = ("train.local", "query.collect", "evaluate.validate")
@@ -135,6 +139,65 @@ def test_the_coordinators_bytes_are_those_of_the_ledgers(whole: Whole):
         assert sent == line["bytes_up"]
 
 
+def test_a_simulated_run_writes_down_how_its_patients_were_divided(whole: Whole):
+    facts = [json.loads((whole[0] / name / "provenance.json").read_text()) for name in ("model", "adapter")]
+    assert facts[0]["split_key"] == facts[1]["split_key"]
+    assert facts[0]["sites"] == 3
+    for site in (whole[0] / "sites").iterdir():
+        assert load_site(site / "site.toml").split_key == facts[0]["split_key"]
+        assert load_dictionary(site / "dictionary.toml").digest() == facts[0]["dictionary_digest"]
+
+
+def test_files_of_the_final_model_can_be_read_by_everybody_and_a_sites_report_by_its_owner(whole: Whole):
+    for name in ("model", "adapter"):
+        assert {path.stat().st_mode & 0o777 for path in (whole[0] / name).iterdir()} == {0o644}
+    for site in (whole[0] / "sites").iterdir():
+        (report,) = (site / "state" / "runs").glob("*/report.html")
+        assert report.stat().st_mode & 0o777 == 0o600
+        assert f"{site.name}: own test patients" in report.read_text()
+
+
+def test_resuming_a_finished_run_mends_what_was_deleted(whole: Whole, tmp_path: Path, tiny_model_path: Path):
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    name = "model/model.safetensors"
+    shutil.rmtree(out / "model")
+    (out / "report.html").unlink()
+    simulate(settings(tiny_model_path), out, resume=True)
+    assert (out / name).read_bytes() == (whole[0] / name).read_bytes()
+    assert (out / "report.html").read_bytes() == (whole[0] / "report.html").read_bytes()
+    shutil.rmtree(out / "adapter")
+    shutil.rmtree(out / "sites")
+    (out / "sites").mkdir()
+    simulate(settings(tiny_model_path), out, resume=True)
+    name = "adapter/adapter_model.safetensors"
+    assert (out / name).read_bytes() == (whole[0] / name).read_bytes()
+    shutil.rmtree(out / "sites" / "site-02")
+    with pytest.raises(RunFolderError, match=r"expected 3 sites with their site\.toml, found 2; remove"):
+        simulate(settings(tiny_model_path), out, resume=True)
+
+
+def test_too_few_sites_at_the_end_do_not_cost_the_report(tmp_path: Path, tiny_model_path: Path):
+    out, config = tmp_path / "run", settings(tiny_model_path, federation={"rounds": 1, "min_sites": 3})
+
+    class Withdraw(SilentProgress):
+        def begin(self, phase: str, round_index: int, sites: object) -> None:
+            if phase == "finalize":
+                path = out / "sites" / "site-02" / "site.toml"
+                path.write_text(path.read_text().replace("simulated = true", "simulated = false"))
+
+    with pytest.raises(QuorumError, match=r"finalize: .* 2 finished; site-02 \(refused\)"):
+        simulate(config, out, resume=False, progress=Withdraw())
+    assert "The final model answers" in (out / "report.html").read_text()
+    path = out / "sites" / "site-02" / "site.toml"
+    path.write_text(path.read_text().replace("simulated = false", "simulated = true"))
+    simulate(config, out, resume=True)
+    summary = json.loads((out / "run.json").read_text())
+    assert all(site["has_final"] and site["rounds"] == 1 for site in summary["sites"].values())
+    assert summary["losses"] == [{"phase": "finalize", "round": 1, "site": "site-02", "code": "refused"}]
+    assert "site-02 finalize (refused)" in (out / "report.html").read_text()
+
+
 def test_sites_hold_the_registry_between_them_and_nothing_twice(whole: Whole, tiny_model_path: Path):
     registry = load_registry(settings(tiny_model_path))
     patients: list[str] = []
@@ -147,8 +210,6 @@ def test_sites_hold_the_registry_between_them_and_nothing_twice(whole: Whole, ti
 def test_whether_a_patient_is_held_out_does_not_depend_on_the_partition(
     whole: Whole, tmp_path: Path, tiny_model_path: Path
 ):
-    from wardround.simulations.federation import divide, write_sites
-
     def test_patients(folder: Path) -> set[str]:
         sites = [Site.open(path) for path in folder.glob("*/site.toml")]
         return {patient for site in sites for patient in site.registry.patients[site.splits["test"]].tolist()}
@@ -220,14 +281,107 @@ def test_a_kill_in_round_2_then_resume_gives_the_same_adapter_bit_for_bit(
             ConfigError,
             "partition_feature",
         ),
+        ({"model": {"prompt": "nosuch"}}, ConfigError, "prompt 'nosuch': no such template; shipped are en,"),
+        ({"federation": {"min_sites": 4}}, ConfigError, "sites = 3: expected at least federation.min_sites = 4"),
+        (
+            {"simulation": {"registry": "synthetic", "sites": 2}, "federation": {"min_sites": 3}},
+            ConfigError,
+            "sites = 2: expected at least federation.min_sites = 3",
+        ),
+        (
+            {"simulation": {"registry": "synthetic", "sites": 1000}, "federation": {"min_sites": 1000}},
+            ConfigError,
+            "have a training patient, expected at least federation.min_sites = 1000; use fewer sites",
+        ),
+        ({"warmup": {"adapter": "smollm2-135m"}}, ModelError, "was made for base model"),
+        ({"warmup": {"adapter": "nosuch"}}, ModelError, "nosuch.safetensors does not exist"),
+        ({"lora": {"targets": ["no_such_layer"]}}, ModelError, "lora.targets"),
     ],
 )
 def test_a_users_mistake_leaves_no_folder(
     tmp_path: Path, tiny_model_path: Path, changes: dict, error: type[Exception], said: str
 ):
+    changes = {"model": {"id": str(tiny_model_path), "device": "cpu"} | changes.pop("model", {}), **changes}
     with pytest.raises(error, match=said):
         simulate(settings(tiny_model_path, **changes), tmp_path / "run", resume=False)
     assert not (tmp_path / "run").exists()
+
+
+class Mistaken(SilentProgress):
+    """Stands for a mistake of a person's that shows only when a phase begins."""
+
+    def __init__(self, phase: str, round_index: int = 0) -> None:
+        self.where = phase, round_index
+
+    def begin(self, phase: str, round_index: int, sites: object) -> None:
+        if (phase, round_index) == self.where:
+            raise ConfigError("a mistake")
+
+
+@pytest.mark.parametrize("was_there", [False, True])
+def test_a_users_mistake_in_a_new_run_takes_back_what_it_wrote(tmp_path: Path, tiny_model_path: Path, was_there: bool):
+    out = tmp_path / "run"
+    if was_there:
+        out.mkdir()
+    with pytest.raises(ConfigError, match="a mistake"):
+        simulate(settings(tiny_model_path), out, resume=True, progress=Mistaken("counts"))
+    assert out.exists() == was_there and list(tmp_path.rglob("run/*")) == []
+
+
+def test_a_mistake_after_training_or_in_a_resumed_run_takes_nothing_back(tmp_path: Path, tiny_model_path: Path):
+    out = tmp_path / "run"
+    with pytest.raises(ConfigError, match="a mistake"):
+        simulate(settings(tiny_model_path), out, resume=False, progress=Mistaken("collect", 1))
+    assert (out / "journal" / "round-00001-train.record").exists()
+    (out / "journal" / "round-00001-train.record").unlink()
+    before = {path for name in ("journal", "sites") for path in (out / name).rglob("*")}
+    with pytest.raises(ConfigError, match="a mistake"):
+        simulate(settings(tiny_model_path), out, resume=True, progress=Mistaken("train", 1))
+    assert before <= set(out.rglob("*"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_named_before_anything_is_made(tmp_path: Path, tiny_model_path: Path):
+    config = settings(tiny_model_path, model={"id": str(tiny_model_path), "device": "cuda"})
+    with pytest.raises(ModelError, match="torch sees no GPU"):
+        simulate(config, tmp_path / "run", resume=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_one_process_makes_the_sites_of_a_run(tmp_path: Path, tiny_model_path: Path):
+    config = settings(tiny_model_path)
+    with (
+        open_journal(tmp_path / "run", config, resume=False),
+        pytest.raises(RunFolderError, match="another process is working on this run"),
+    ):
+        simulate(config, tmp_path / "run", resume=True)
+    assert not (tmp_path / "run" / "sites").exists()
+
+
+def test_the_sites_limits_are_those_that_the_run_needs(tmp_path: Path, tiny_model_path: Path):
+    config = settings(
+        tiny_model_path,
+        federation={"rounds": 5000},
+        grpo={"local_steps": 20_000},
+        simulation={"registry": "synthetic", "sites": 2},
+    )
+    registry = load_registry(config)
+    write_sites(registry, divide(registry, config), config, tmp_path / "sites")
+    for path in (tmp_path / "sites").glob("*/site.toml"):
+        limits = Site.open(path).config.policy
+        assert (limits.max_rounds, limits.max_local_steps, limits.simulated) == (5000, 20_000, True)
+
+
+def test_the_disk_estimate_follows_the_adapter_and_the_sites(tiny_model_path: Path):
+    few = settings(tiny_model_path)
+    small, large = (
+        Manifest((TensorSpec("a", (n, 4), False), TensorSpec("b", (n, 4), True)), "base", "ffa") for n in (10**4, 10**6)
+    )
+    many = settings(tiny_model_path, simulation={"registry": "synthetic", "sites": 30})
+    estimates = [needed_bytes(few, 10**9, small), needed_bytes(few, 10**9, large), needed_bytes(many, 10**9, large)]
+    assert 10**9 < estimates[0] < 1.1 * 10**9
+    # A site holds round 0 and the final adapter, 32 MB each, and at most three updates of 16 MB.
+    assert estimates[2] - estimates[1] == 27 * (2 * 32 + 3 * 16) * 10**6
 
 
 def test_a_private_registry_is_not_simulated(tmp_path: Path, tiny_model_path: Path, whole: Whole):

@@ -1,0 +1,169 @@
+"""The coordinator over a Flower grid: replies as they come, silence at the deadline, what is no message; the app."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from wardround.client.app import app as client
+from wardround.client.app import pack
+from wardround.common.config import RunConfig, to_toml
+from wardround.common.errors import ConfigError, RunFolderError
+from wardround.common.messages import CollectInstruction, CollectReply, Failure, Reply, split
+from wardround.server import app as server
+from wardround.server.app import FlowerExchange
+from wardround.server.phases import Answer
+from wardround.simulations.federation import InProcessGrid, divide, load_registry, write_sites
+
+ASKED = CollectInstruction(run_id="0" * 32, config="{}", config_digest="", round_index=1, model_digest="")
+DELTA = np.array([1.0, 2.0], np.float32)
+
+
+def reply_of(node: int) -> CollectReply:
+    return CollectReply(run_id="0" * 32, site=f"site-{node:02d}", round_index=1, weight=1, delta=DELTA)
+
+
+class Grid(InProcessGrid):
+    """Nodes 2, 3, … whose reply (content or error) is given, each after so many looks."""
+
+    def __init__(self, answers: dict[int, RecordDict | Error], looks: dict[int, int] | None = None) -> None:
+        super().__init__(client, [])
+        self.answers, self.looks = answers, looks or {}
+        self.sent: list[Message] = []
+
+    def get_node_ids(self) -> Iterable[int]:
+        return sorted(self.answers, reverse=True)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        self.sent = list(messages)
+        return [str(message.metadata.dst_node_id) for message in self.sent]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        (node,) = (int(message_id) for message_id in message_ids)
+        self.looks[node] = self.looks.get(node, 0) - 1
+        if self.looks[node] >= 0:
+            return []
+        (question,) = (message for message in self.sent if message.metadata.dst_node_id == node)
+        # Flower sets a message's id when it sends it; a reply needs the id of what it answers.
+        question.metadata.__dict__["_message_id"] = str(node)
+        return [Message(self.answers[node], reply_to=question)]
+
+
+def good(node: int) -> RecordDict:
+    return pack(*split(reply_of(node)))
+
+
+def answers(grid: Grid, timeout_s: float = 60) -> list[Answer]:
+    return list(FlowerExchange(grid, timeout_s).ask(sorted(grid.answers), ASKED))
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_POLL_S", (0.0, 0.0))
+
+
+def test_every_node_is_answered_for_with_its_bytes():
+    grid = Grid({2: good(2), 3: good(3)})
+    found = answers(grid)
+    assert [answer.node for answer in found] == [2, 3]
+    assert all(answer.code == "" and answer.reply == reply_of(answer.node) for answer in found)
+    head, vectors = split(reply_of(2))
+    assert found[0].bytes_up == len(head) + len(vectors["delta"])
+    assert found[0].bytes_down == len(split(ASKED)[0])
+    assert FlowerExchange(grid, 60).nodes() == [2, 3]
+
+
+def test_replies_come_in_the_order_in_which_they_arrive():
+    grid = Grid({2: good(2), 3: good(3), 4: good(4)}, looks={2: 3, 3: 1})
+    assert [answer.node for answer in answers(grid)] == [4, 3, 2]
+
+
+def test_silence_at_the_deadline_is_an_answer_and_does_not_hold_up_the_others():
+    grid = Grid({2: good(2), 3: good(3)}, looks={2: 10**9})
+    found = {answer.node: answer for answer in answers(grid, timeout_s=0.05)}
+    assert found[3].code == ""
+    assert (found[2].code, found[2].reply, found[2].bytes_up) == ("silent", None, 0)
+
+
+@pytest.mark.parametrize(("reason", "code"), [("site", "site"), ("Traceback: patient 4711", "transport")])
+def test_flowers_own_errors_become_codes_and_their_text_goes_nowhere(reason: str, code: str):
+    (answer,) = answers(Grid({2: Error(code=0, reason=reason)}))
+    assert (answer.code, answer.reply) == (code, None)
+    assert "4711" not in repr(answer)
+
+
+def content(head: Any, **vectors: bytes) -> RecordDict:
+    arrays = {name: Array("uint8", (len(data),), server.STYPE, data) for name, data in vectors.items()}
+    return RecordDict({"wardround": ConfigRecord({"head": head}), "wardround.vectors": ArrayRecord(arrays)})
+
+
+@pytest.mark.parametrize(
+    "malformed",
+    [
+        RecordDict({}),
+        content("text"),
+        content(b""),
+        content(b"WARD"),
+        content(split(reply_of(2))[0]),
+        content(split(reply_of(2))[0], delta=b"12345678"),
+        content(split(reply_of(2))[0] + b" ", delta=DELTA.tobytes()),
+        content(split(ASKED)[0]),
+    ],
+    ids=["nothing", "text", "empty", "short", "no-vector", "other-vector", "longer", "instruction"],
+)
+def test_what_is_no_reply_of_ours_is_a_failure_of_its_node_alone(malformed: RecordDict):
+    bad, fine = answers(Grid({2: malformed, 3: good(3)}))
+    assert (bad.code, bad.reply) == ("protocol", None)
+    assert fine.reply == reply_of(3)
+
+
+def test_a_sites_own_failure_keeps_its_code():
+    failure = Failure(run_id="0" * 32, site="site-02", round_index=1, code="refused")
+    (answer,) = answers(Grid({2: pack(*split(failure))}))
+    assert answer.code == "refused" and isinstance(answer.reply, Reply)
+
+
+def context(**settings: Any) -> Context:
+    return Context(0, 1, {}, RecordDict(), settings)
+
+
+def test_the_app_runs_from_three_paths_and_continues_with_resume(tmp_path: Path, tiny_model_path: Path):
+    config = RunConfig.model_validate(
+        {
+            "name": "trial",
+            "model": {"id": str(tiny_model_path), "device": "cpu", "prompt": "en_short"},
+            "warmup": {"enabled": False},
+            "grpo": {"local_steps": 1, "patients_per_step": 2, "expectation": "exact"},
+            "federation": {"rounds": 1, "validation_questions_per_site": 4},
+            "evaluation": {"questions_per_site": 4, "bootstrap_samples": 100, "samples": 0},
+            "simulation": {"registry": "synthetic", "sites": 2},
+        }
+    )
+    (tmp_path / "run.toml").write_text(to_toml(config))
+    registry = load_registry(config)
+    write_sites(registry, divide(registry, config), config, tmp_path / "sites")
+    sites = sorted((tmp_path / "sites").glob("*/site.toml"))
+    paths = {
+        "config": str(tmp_path / "run.toml"),
+        "dictionary": str(sites[0].parent / "dictionary.toml"),
+        "out": str(tmp_path / "run"),
+    }
+    server.main(InProcessGrid(client, sites), context(**paths))
+    provenance = (tmp_path / "run" / "model" / "provenance.json").read_text()
+    # Nobody told the app that its sites are simulated, so they are not: their key is theirs.
+    assert "split_key" not in provenance and '"simulated": false' in provenance
+    report = (tmp_path / "run" / "report.html").read_bytes()
+    with pytest.raises(RunFolderError, match="--resume continues it"):
+        server.main(InProcessGrid(client, sites), context(**paths))
+    server.main(InProcessGrid(client, sites), context(**paths, resume=True))
+    assert (tmp_path / "run" / "report.html").read_bytes() == report
+
+
+@pytest.mark.parametrize("missing", ["config", "dictionary", "out"])
+def test_a_missing_path_is_named(missing: str, tmp_path: Path):
+    paths = {name: str(tmp_path / name) for name in ("config", "dictionary", "out") if name != missing}
+    with pytest.raises(ConfigError, match=f"expected '{missing}', a path"):
+        server.main(Grid({}), context(**paths))
+    assert list(tmp_path.iterdir()) == []
