@@ -59,7 +59,7 @@ class TerminalProgress(AbstractContextManager["TerminalProgress"]):
         self._what = f"round {round_index} of {self._rounds} · {phase}" if training else phase
         self._bars.reset(self._task, description=" · ".join([self._what, *self._so_far()]), total=len(sites) or None)
         if self._bars.disable:
-            self._line(f"{self._what}: {len(sites)} sites")
+            self._line(f"{self._what}: {len(sites)} {'site' if len(sites) == 1 else 'sites'}")
 
     def stepped(self, site: str, done: int, steps: int) -> None:
         """Local training at a site; beside the protocol, for sites of this process."""
