@@ -27,7 +27,7 @@ _SITE_HELP = "This hospital's site.toml: its own column names, units and level c
 
 @click.group(context_settings=_SETTINGS)
 def client() -> None:
-    """One hospital: check a registry, see its questions, take part in a run."""
+    """One hospital: its registry, dictionary and questions; the final model it gets from a run."""
 
 
 def _mapping(site: Path | None) -> MappingConfig:
@@ -211,6 +211,23 @@ def questions(
         click.echo(f"{len(asked)} of {number}: no more rows have something to ask", err=True)
 
 
+@client.command(epilog="Example: wardround client merge site.toml 0f9a… --out model")
+@click.argument("site_toml", type=_PATH)
+@click.argument("run_id")
+@click.option("--out", required=True, type=_PATH, help="Folder for the model; must not exist yet.")
+@click.option("--base", default=None, help="The base model, where it is not where it was during the run.")
+def merge(site_toml: Path, run_id: str, out: Path, base: str | None) -> None:
+    """Merge the final adapter of run RUN_ID, as it came to this site, into the base model.
+
+    Its digest is compared with the one that this site confirmed, the base model's with the run's, and the merged model
+    with base and adapter. RUN_ID is the name of a folder in the site's state/runs, and stands in the run's run.json.
+    """
+    from .merge import merge as work
+
+    digest = work(site_toml, run_id, out, base)
+    click.echo(f"{out}\nadapter {digest}: the digest in the run's report and model card")
+
+
 @click.command(
     context_settings=_SETTINGS,
     epilog="Example: wardround evaluate runs/demo/model table.parquet support_icu --schema runs/demo/schema.json "
@@ -245,6 +262,7 @@ def evaluate(
     One question a patient, of the 20 % whose keyed hash makes them test patients: a hospital's own with --site, else
     divided by a public key, which is right only for a registry that MODEL was not trained on.
     """
+    from ..common.cli import limit_threads
     from ..common.config import load_run
     from ..common.errors import ConfigError
     from ..common.progress import progress_bar
@@ -253,6 +271,7 @@ def evaluate(
     if out.is_dir():
         raise ConfigError(f"--out {out}: expected a file, got a folder")
     settings = step.model_config(load_run(config, overrides), model)
+    limit_threads(settings.speed.threads)  # before torch is imported
     request = step.Request(
         table=table, dictionary=dictionary, config=settings, adapter=adapter, schema=schema, site=site,
         n_questions=number, seed=seed,
