@@ -61,7 +61,7 @@ def _config(text: str, digest: str) -> RunConfig:
 
 
 # Bounded: simulated sites share one dictionary, schema, manifest and model, however many there are.
-_dictionaries: dict[bytes, Dictionary] = {}  # by the file's digest; one at most
+_dictionaries: dict[bytes | str, Dictionary] = {}  # by the file's digest, or a shipped one's name; one at most
 _round_zero: dict[bytes, GlobalModel] = {}  # by the record's checksum; one at most
 _verified: dict[str, tuple[GlobalModel, np.ndarray, GlobalModel]] = {}  # by digest: round 0, trainable, model; one
 
@@ -75,6 +75,11 @@ parse_manifest = lru_cache(maxsize=2)(Manifest.from_json)
 _template = lru_cache(maxsize=2)(load_prompt)
 
 
+def is_run_id(text: str) -> bool:
+    """Whether a run's id is one: it names a folder here and a line in the ledger."""
+    return _RUN_ID.fullmatch(text) is not None
+
+
 def config_of(instruction: Instruction) -> RunConfig:
     """The run config that an instruction carries.
 
@@ -83,7 +88,7 @@ def config_of(instruction: Instruction) -> RunConfig:
         ConfigError: its config is out of range.
         VerificationError: its config is not the one its digest names.
     """
-    if not _RUN_ID.fullmatch(instruction.run_id):
+    if not is_run_id(instruction.run_id):
         raise ProtocolError(f"run id: expected 32 hexadecimal digits, got {len(instruction.run_id)} characters")
     try:
         return _config(instruction.config, instruction.config_digest)
@@ -117,10 +122,27 @@ class Site:
     def ledger(self) -> Ledger:
         return Ledger(self.state / "ledger.jsonl")
 
+    def run_folder(self, run_id: str) -> Path:
+        """Where a run's files lie; `run_id` has been checked."""
+        return self.state / "runs" / run_id
+
+    def admit(self, run_id: str) -> None:
+        """Makes the folder of a run that is new here, which counts it.
+
+        Raises:
+            RefusedError: this hospital has taken part in as many runs as it allows.
+        """
+        folder = self.run_folder(run_id)
+        if folder.is_dir():
+            return
+        runs = self.state / "runs"
+        policy.check_runs(self.config.policy, 1 + (sum(1 for _ in runs.iterdir()) if runs.is_dir() else 0))
+        private_folder(folder)
+
     @cached_property
     def dictionary(self) -> Dictionary:
         path = self.folder / self.config.dictionary
-        key = hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b""
+        key = hashlib.sha256(path.read_bytes()).digest() if path.is_file() else path.name
         if key not in _dictionaries:
             _dictionaries.clear()
             _dictionaries[key] = load_dictionary(path)
@@ -168,7 +190,7 @@ class SiteRun:
 
     @property
     def folder(self) -> Path:
-        return self.site.state / "runs" / self.instruction.run_id
+        return self.site.run_folder(self.instruction.run_id)
 
     @property
     def head(self) -> dict[str, Any]:

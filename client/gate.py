@@ -32,7 +32,7 @@ from ..common.messages import (
     split,
 )
 from . import policy, site
-from .folder import Site, config_of
+from .folder import Site, config_of, is_run_id
 
 Wire = tuple[bytes, dict[str, bytes]]
 
@@ -69,7 +69,8 @@ def respond(site_toml: Path, kind: type[Instruction], head: bytes, vectors: Mapp
     try:
         instruction = join(head, vectors, kind)
         policy.check_instruction(here.config.policy, here.dictionary, config_of(instruction), instruction)
-        return _release(here, instruction, kind, WORK[kind](here, instruction))
+        here.admit(instruction.run_id)
+        return _release(here, kind, WORK[kind](here, instruction))
     except WardroundError as error:
         _log(here, kind, f"{type(error).__name__}: {error}")
         code = error.code
@@ -77,28 +78,26 @@ def respond(site_toml: Path, kind: type[Instruction], head: bytes, vectors: Mapp
         _log(here, kind, traceback.format_exc())
         code = WardroundError.code
     failure = Failure(
-        run_id=instruction.run_id if instruction else "",
+        run_id=instruction.run_id if instruction and is_run_id(instruction.run_id) else "",
         site=here.config.name,
         round_index=instruction.round_index if instruction else 0,
         code=code,
     )
-    return _release(here, instruction, kind, failure)
+    return _release(here, kind, failure)
 
 
-def _release(here: Site, instruction: Instruction | None, kind: type[Instruction], reply: Reply) -> Wire:
+def _release(here: Site, kind: type[Instruction], reply: Reply) -> Wire:
     """Policy, then ledger on disk, then the bytes."""
     head, vectors = split(reply)
     size = len(head) + sum(len(vector) for vector in vectors.values())
-    run_id = instruction.run_id if instruction else ""
     failed = isinstance(reply, Failure)
-    sent = 0 if failed else here.ledger.sent_bytes(run_id)
     if failed:  # a code always leaves, also from a site whose dictionary cannot be read
         purpose = policy.PURPOSE[Failure]
     else:
-        purpose = policy.check_egress(here.config.policy, here.dictionary, reply, size, sent)
+        purpose = policy.check_egress(here.config.policy, here.dictionary, reply, size, here.ledger.sent_bytes())
     here.ledger.append(
         "refusal" if failed else "egress",
-        run_id=run_id,
+        run_id=reply.run_id or "invalid",  # never what a coordinator wrote in place of an id: it may be of any length
         round_index=reply.round_index,
         phase=kind.ROUTE,
         purpose=purpose,
@@ -113,5 +112,5 @@ def _log(here: Site, kind: type[Instruction], text: str) -> None:
     """One event to this site's own log, mode 0600."""
     path = here.state / "site.log"
     path.touch(mode=0o600)
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # a name may hold half a character
         file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {kind.ROUTE} {text.rstrip()}\n")

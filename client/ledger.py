@@ -4,9 +4,10 @@ Run by the site. Enters: what is about to leave (never its content) or what was 
 file stays on the site; it holds no patient value, only times, phases, sizes and digests.
 
 Each line is one JSON object whose `previous` is the SHA-256 of the line before it (64 zeros at the start), so a
-changed, removed, inserted or reordered line is found. `Ledger.append` returns only after fsync: a machine that dies
-afterwards has recorded more than it sent, never less. A last line that was cut by a crash was never followed by an
-egress; it is dropped and the next entry says so.
+changed, removed, inserted or reordered line is found. `total` is the sum of all bytes that left up to and with the
+line, whatever the run: the site's upload limit is over all of them. `Ledger.append` returns only after fsync: a
+machine that dies afterwards has recorded more than it sent, never less. A last line that was cut by a crash was never
+followed by an egress; it is dropped and the next entry says so.
 
 Not protected: whoever holds the site's disk can rewrite the whole chain, change its last line or cut its tail. Lines
 are not signed and not countersigned by the coordinator.
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..common.errors import VerificationError
+from ..common.files import sync_folder
 
 START = "0" * 64
 KINDS = ("egress", "refusal")
@@ -54,7 +56,7 @@ class Ledger:
 
         Args:
             kind: "egress" or "refusal".
-            run_id: as in the instruction.
+            run_id: of the instruction, or "invalid".
             round_index: 0 before the first training round.
             phase: the instruction's name.
             purpose: what the bytes are for, in words.
@@ -73,6 +75,7 @@ class Ledger:
             raise ValueError(f"ledger kind: expected one of {KINDS}, got '{kind}'")
         with self._locked() as file:
             last, torn = _last_line(file, self.path)
+            before = last["total"] if last else 0
             entry: dict[str, Any] = {
                 "bytes": size_bytes,
                 "code": code,
@@ -85,23 +88,57 @@ class Ledger:
                 "run": run_id,
                 "sha256": sha256,
                 "time": datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds"),
+                "total": before + (size_bytes if kind == "egress" else 0),
             }
             if torn:
                 entry["dropped_torn_bytes"] = torn
+                file.truncate(file.seek(-torn, os.SEEK_END))
+            file.seek(0, os.SEEK_END)
             file.write(_line(entry))
             file.flush()
             os.fsync(file.fileno())
+        if last is None:
+            sync_folder(self.path.parent)  # a new file's name is in its folder, not in itself
         return entry
 
-    def sent_bytes(self, run_id: str) -> int:
-        """Bytes that left for a run so far."""
-        wanted = json.dumps(run_id)
+    def sent_bytes(self) -> int:
+        """Bytes that left so far, for all runs.
+
+        Raises:
+            VerificationError: the last complete line is not a ledger entry.
+        """
         if not self.path.exists():
             return 0
-        with self.path.open(encoding="utf-8") as file:
-            # The substring test spares parsing other runs' lines in a ledger of years.
-            entries = [json.loads(line) for line in file if wanted in line and line.endswith("\n")]
-        return sum(entry["bytes"] for entry in entries if entry["run"] == run_id and entry["kind"] == "egress")
+        with self._locked() as file:
+            last, _ = _last_line(file, self.path)
+        return int(last["total"]) if last else 0
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """Every entry, oldest first, each checked against the one before it.
+
+        Raises:
+            VerificationError: names the first line that is not what was written.
+        """
+        previous, total = START, 0
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    raise VerificationError(
+                        f"{self.path}: line {number} is cut off, as by a crash before anything left; the next entry "
+                        f"will drop it"
+                    )
+                entry = _parse(line)
+                if entry is None or _line(entry) != line:
+                    raise VerificationError(f"{self.path}: line {number} is not a ledger entry")
+                if entry["previous"] != previous or entry["n"] != number:
+                    raise VerificationError(f"{self.path}: line {number} does not follow the line before it")
+                total += entry["bytes"] if entry["kind"] == "egress" else 0
+                if entry["total"] != total:
+                    raise VerificationError(f"{self.path}: line {number}: expected total {total}")
+                previous = hashlib.sha256(line).hexdigest()
+                yield entry
 
     def verify(self) -> int:
         """Checks the whole chain.
@@ -112,18 +149,7 @@ class Ledger:
         Raises:
             VerificationError: names the first line that is not what was written.
         """
-        previous, count = START, 0
-        if not self.path.exists():
-            return 0
-        with self.path.open("rb") as file:
-            for count, line in enumerate(file, start=1):
-                entry = _parse(line)
-                if entry is None or _line(entry) != line:
-                    raise VerificationError(f"{self.path}: line {count} is not a ledger entry")
-                if entry.get("previous") != previous or entry.get("n") != count:
-                    raise VerificationError(f"{self.path}: line {count} does not follow the line before it")
-                previous = hashlib.sha256(line).hexdigest()
-        return count
+        return sum(1 for _ in self.entries())
 
     @contextmanager
     def _locked(self) -> Iterator[IO[bytes]]:
@@ -139,21 +165,21 @@ def _line(entry: dict[str, Any]) -> bytes:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
+    """A line as an entry, None when it is none."""
     try:
         entry = json.loads(line)
     except ValueError:
         return None
-    return entry if isinstance(entry, dict) else None
+    numbers, words = ("bytes", "n", "round", "total"), ("code", "kind", "phase", "previous", "purpose", "run", "sha256")
+    if not isinstance(entry, dict) or not all(type(entry.get(key)) is int for key in numbers):
+        return None
+    return entry if all(type(entry.get(key)) is str for key in (*words, "time")) else None
 
 
 def _last_line(file: IO[bytes], path: Path) -> tuple[dict[str, Any] | None, int]:
-    """The last complete entry with its digest, and how many bytes of a torn line were cut off after it.
-
-    Leaves the file position at the end of that entry.
-    """
-    size = file.seek(0, os.SEEK_END)
+    """Number, total and digest of the last complete entry, and how many bytes of a torn line come after it."""
     block = b""
-    start = size
+    start = file.seek(0, os.SEEK_END)
     # Backwards in blocks until two line ends are in sight: a ledger of years is not read for one line.
     while start > 0 and block.count(b"\n") < 2:
         step = min(4096, start)
@@ -161,12 +187,10 @@ def _last_line(file: IO[bytes], path: Path) -> tuple[dict[str, Any] | None, int]
         file.seek(start)
         block = file.read(step) + block
     complete, _, torn = block.rpartition(b"\n")
-    file.truncate(size - len(torn))
-    file.seek(0, os.SEEK_END)
     if not complete:
         return None, len(torn)
     line = complete.rpartition(b"\n")[2] + b"\n"
     entry = _parse(line)
-    if entry is None or "n" not in entry:
+    if entry is None:
         raise VerificationError(f"{path}: its last line is not a ledger entry; the site stops until it is looked into")
-    return {"n": entry["n"], "digest": hashlib.sha256(line).hexdigest()}, len(torn)
+    return {"n": entry["n"], "total": entry["total"], "digest": hashlib.sha256(line).hexdigest()}, len(torn)

@@ -15,7 +15,7 @@ import json
 
 from ..common.config import PolicyConfig, RunConfig
 from ..common.dictionary import Dictionary
-from ..common.errors import RefusedError
+from ..common.errors import ConfigError, RefusedError
 from ..common.messages import (
     CollectReply,
     CountReply,
@@ -53,7 +53,9 @@ def check_instruction(
 
     Raises:
         RefusedError: names the limit, what it is and what was asked.
+        ConfigError: the policy itself names what the dictionary does not have.
     """
+    check_targets(policy, dictionary)
     federation = config.federation
     if federation.secure_aggregation == "none" and not (policy.simulated and dictionary.public):
         raise RefusedError(
@@ -64,6 +66,30 @@ def check_instruction(
     _at_most("max_local_steps", policy.max_local_steps, config.grpo.local_steps)
     if not 0 <= instruction.round_index <= federation.rounds:
         raise RefusedError(f"round {instruction.round_index}: the run's config says rounds 0 to {federation.rounds}")
+
+
+def check_targets(policy: PolicyConfig, dictionary: Dictionary) -> None:
+    """Refuses a policy with a name that is not in the dictionary: it is there to keep a feature from being asked.
+
+    Raises:
+        ConfigError: names the first.
+    """
+    for name in policy.targets_never_asked:
+        if name not in dictionary:
+            raise ConfigError(f"policy.targets_never_asked: dictionary '{dictionary.name}' has no entry '{name}'")
+
+
+def check_runs(policy: PolicyConfig, runs: int) -> None:
+    """Refuses a run that this hospital has not taken part in yet, when it would be one too many.
+
+    Args:
+        policy: this hospital's.
+        runs: how many it has taken part in, with the new one.
+
+    Raises:
+        RefusedError: more than `max_runs`.
+    """
+    _at_most("max_runs", policy.max_runs, runs)
 
 
 def check_model(policy: PolicyConfig, base_digest: str) -> None:
@@ -101,7 +127,7 @@ def check_egress(policy: PolicyConfig, dictionary: Dictionary, reply: Reply, siz
         dictionary: of its registry.
         reply: what is about to leave.
         size_bytes: its encoded size.
-        sent_bytes: what left for this run before.
+        sent_bytes: what left this site before, for any run.
 
     Returns:
         The purpose that the ledger records.
@@ -122,4 +148,4 @@ def check_egress(policy: PolicyConfig, dictionary: Dictionary, reply: Reply, siz
 
 def _at_most(name: str, limit: int, asked: int) -> None:
     if asked > limit:
-        raise RefusedError(f"policy.{name}: this hospital allows {limit}, the run asks for {asked}")
+        raise RefusedError(f"policy.{name}: this hospital allows {limit}, the coordinator asks for {asked}")

@@ -242,7 +242,10 @@ class PolicyConfig(Frozen):
     simulated: bool = False  # only a simulated site of a public registry may send an unmasked update
     max_rounds: Annotated[int, Field(ge=1)] = 1000
     max_local_steps: Annotated[int, Field(ge=1)] = 10_000
-    max_upload_bytes: Annotated[int, Field(ge=1)] = 2**34
+    # A coordinator names the runs, so limits of one run would be none: these two hold over all of them, for good. More
+    # runs are taken part in when run folders are removed from the state folder, more bytes when the limit is raised.
+    max_runs: Annotated[int, Field(ge=1)] = 100
+    max_upload_bytes: Annotated[int, Field(ge=1)] = 2**36
     allowed_models: tuple[str, ...] = ()  # digests; empty: any
     targets_never_asked: tuple[str, ...] = ()
     share_samples: bool = False  # sample questions may enter the coordinator's report; public registries only

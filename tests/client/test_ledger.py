@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+from wardround.client import ledger as module
 from wardround.client.ledger import START, Ledger
 from wardround.common.errors import VerificationError
 
@@ -84,13 +85,41 @@ def test_a_ledger_whose_last_line_is_something_else_stops_the_site(tmp_path: Pat
     assert ledger.path.read_bytes() == b"hello\n"
 
 
-def test_bytes_are_summed_for_one_run_without_its_refusals(tmp_path: Path):
+def test_bytes_are_summed_over_all_runs_without_refusals(tmp_path: Path):
     ledger = Ledger(tmp_path / "ledger.jsonl")
-    assert ledger.sent_bytes("a") == 0
+    assert ledger.sent_bytes() == 0
     add(ledger, 3, run="a", size=7)
     add(ledger, 2, run="b", size=100)
     add(ledger, 2, run="a", kind="refusal", size=50)
-    assert ledger.sent_bytes("a") == 21
+    assert ledger.sent_bytes() == 221
+    assert [entry["total"] for entry in ledger.entries()] == [7, 14, 21, 121, 221, 221, 221]
+
+
+def test_a_total_that_is_not_the_sum_is_found(tmp_path: Path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    add(ledger, 1)
+    ledger.path.write_bytes(ledger.path.read_bytes().replace(b'"total":10', b'"total":9'))
+    with pytest.raises(VerificationError, match="line 1: expected total 10"):
+        ledger.verify()
+
+
+def test_a_line_that_a_crash_cut_off_is_told_from_a_changed_one(tmp_path: Path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    add(ledger, 2)
+    with ledger.path.open("ab") as file:
+        file.write(b'{"bytes":1')
+    with pytest.raises(VerificationError, match="line 3 is cut off, as by a crash"):
+        ledger.verify()
+    add(ledger, 1)
+    assert ledger.verify() == 3
+
+
+def test_the_name_of_a_new_ledger_is_on_disk_before_anything_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    synced: list[Path] = []
+    monkeypatch.setattr(module, "sync_folder", synced.append)
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    add(ledger, 3)
+    assert synced == [tmp_path]
 
 
 def test_another_kind_of_entry_is_refused(tmp_path: Path):

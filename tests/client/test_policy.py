@@ -6,7 +6,7 @@ from wardround.client import policy
 from wardround.client.gate import WORK
 from wardround.common.config import PolicyConfig, RunConfig
 from wardround.common.dictionary import Dictionary
-from wardround.common.errors import RefusedError
+from wardround.common.errors import ConfigError, RefusedError
 from wardround.common.messages import (
     INSTRUCTIONS,
     REPLIES,
@@ -55,7 +55,7 @@ def evaluated(samples: str) -> EvaluateReply:
             PolicyConfig(simulated=True, max_rounds=4),
             PUBLIC,
             1,
-            "max_rounds: this hospital allows 4, .* asks for 5",
+            "max_rounds: this hospital allows 4, the coordinator asks for 5",
         ),
         (PolicyConfig(simulated=True, max_local_steps=8), PUBLIC, 1, "max_local_steps: this hospital allows 8"),
         (SIMULATED, PUBLIC, 6, "round 6: the run's config says rounds 0 to 5"),
@@ -86,6 +86,18 @@ def test_targets_the_hospital_never_asks_are_left_out():
         policy.allowed_targets(PolicyConfig(targets_never_asked=("hiv",)), ("hiv",))
 
 
+def test_a_name_that_the_dictionary_does_not_have_is_not_taken_for_a_protection():
+    site = PolicyConfig(simulated=True, max_rounds=5, max_local_steps=9, targets_never_asked=("age", "hivv"))
+    with pytest.raises(ConfigError, match="targets_never_asked: dictionary 'synthetic' has no entry 'hivv'"):
+        policy.check_instruction(site, PUBLIC, run(), ask(run()))
+
+
+def test_runs_are_limited():
+    policy.check_runs(PolicyConfig(max_runs=3), 3)
+    with pytest.raises(RefusedError, match="max_runs: this hospital allows 3, the coordinator asks for 4"):
+        policy.check_runs(PolicyConfig(max_runs=3), 4)
+
+
 def test_an_unmasked_update_leaves_only_a_simulated_site_of_a_public_registry():
     assert "unmasked" in policy.check_egress(SIMULATED, PUBLIC, collected(), 100, 0)
     for site, dictionary in ((PolicyConfig(), PUBLIC), (SIMULATED, PRIVATE)):
@@ -108,10 +120,12 @@ def test_samples_leave_only_where_everything_is_open(site: PolicyConfig, diction
         policy.check_egress(site, dictionary, evaluated('[{"text": "x"}]'), 100, 0)
 
 
-def test_bytes_count_over_the_whole_run():
+def test_bytes_count_over_everything_that_left():
     site = PolicyConfig(simulated=True, max_upload_bytes=1000)
     policy.check_egress(site, PUBLIC, collected(), 400, 600)
-    with pytest.raises(RefusedError, match="max_upload_bytes: this hospital allows 1000, the run asks for 1001"):
+    with pytest.raises(
+        RefusedError, match="max_upload_bytes: this hospital allows 1000, the coordinator asks for 1001"
+    ):
         policy.check_egress(site, PUBLIC, collected(), 401, 600)
 
 
