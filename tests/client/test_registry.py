@@ -11,17 +11,21 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wardround.client.policy import check_targets
 from wardround.client.registry import (
     Registry,
+    check_mapping,
     clean_numbers,
     describe_mapping,
     read_registry,
     split_rows,
+    to_registry,
     write_registry,
 )
-from wardround.common.config import MappingConfig
-from wardround.common.dictionary import Dictionary, Feature, parse_dictionary
-from wardround.common.errors import ConfigError, RegistryError
+from wardround.common.config import MappingConfig, load_site, packaged
+from wardround.common.dictionary import Dictionary, Feature, load_dictionary, parse_dictionary
+from wardround.common.errors import ConfigError, RegistryError, UserError
+from wardround.simulations import registries
 
 HEADER = "pid,ward,age,sex,crea,dead"
 ROWS = ["a1,east,64.6,1,1.2,0", "a1,east,64.6,1,999,0", "b2,west,,2,0.89990,1", "c3,west,31,NA,88,1"]
@@ -230,6 +234,39 @@ def test_local_codes_are_found_however_they_are_written(tmp_path):
     assert read_registry(path, dictionary(), MappingConfig(levels=codes)).values["sex"].tolist() == [0, 1]
     with pytest.raises(ConfigError, match=r"codes '10' and '10\.0' are one code: cells are read as '10'"):
         read_registry(path, dictionary(), MappingConfig(levels={"sex": {"10": "1", "10.0": "2"}}))
+
+
+def test_the_example_of_a_site_fits_the_dictionary_that_it_names():
+    site = load_site(packaged("", "site.example.toml"))
+    described = load_dictionary(site.dictionary)
+    check_mapping(site.mapping, described)
+    check_targets(site.policy, described)
+    shown = [line for line in describe_mapping(site.mapping, described) if line[0] in ("crea1", "temp1", "sex")]
+    assert ("crea1", "µmol/L", "value × 0.011312 → mg/dL") in shown
+    assert ("temp1", "°F", "value × 0.555556 - 17.7778 → °C") in shown
+    assert ("sex", "code 'F'", "'Female' (female)") in shown and ("sex", "code '9'", "missing") in shown
+
+
+def test_a_table_in_the_examples_terms_reads_as_the_registry_itself(tmp_path):
+    try:
+        table = registries.build("support_icu").iloc[:400]
+    except UserError as error:
+        pytest.skip(str(error))
+    site = load_site(packaged("", "site.example.toml"))
+    expected = to_registry("here", pa.Table.from_pandas(table, preserve_index=False), load_dictionary(site.dictionary))
+    local = table.assign(
+        crea1=table["crea1"] * 88.402,
+        temp1=table["temp1"] * 1.8 + 32,
+        sex=table["sex"].map({"Male": "M", "Female": "F"}),
+    ).rename(columns={"pid": "pseudonym", "crea1": "creatinine_umol_l"})
+    local.drop(columns="adlp").to_csv(tmp_path / "t.csv", index=False)
+    read = read_registry(tmp_path / "t.csv", expected.dictionary, site.mapping)
+    assert (read.values["adlp"] == -1).all()
+    for name, column in expected.values.items():
+        if name == "adlp":
+            continue
+        tolerance = 10.0 ** -expected.dictionary.feature(name).decimals if name in ("crea1", "temp1") else 0
+        np.testing.assert_allclose(read.values[name], column, rtol=0, atol=tolerance * 1.001, err_msg=name)
 
 
 def test_a_mapping_renames_converts_and_recodes(tmp_path):
