@@ -85,6 +85,9 @@ def exact_loss(log_probs: Tensor, truth: Tensor, scale_rewards: str) -> Tensor:
 def parts_by_tokens(costs: Sequence[int], budget: int, one_by_one: bool = False) -> Iterator[list[int]]:
     """Indices in parts whose cost (number × dearest) stays within a budget; at least one index a part.
 
+    As few parts as the budget allows, of about equal numbers: a pass over the weights costs the same for one patient as
+    for ten.
+
     Args:
         costs: tokens of each patient's forward pass.
         budget: tokens of a part.
@@ -92,15 +95,30 @@ def parts_by_tokens(costs: Sequence[int], budget: int, one_by_one: bool = False)
 
     >>> list(parts_by_tokens([10, 30, 12, 500], 40))
     [[0, 2], [1], [3]]
+    >>> list(parts_by_tokens([10, 10, 10, 10], 30))
+    [[0, 1], [2, 3]]
     """
-    part: list[int] = []
-    for index in sorted(range(len(costs)), key=lambda index: (costs[index], index)):
-        if part and (one_by_one or (len(part) + 1) * costs[index] > budget):
-            yield part
-            part = []
-        part.append(index)
-    if part:
-        yield part
+    order = sorted(range(len(costs)), key=lambda index: (costs[index], index))
+    if one_by_one:
+        budget = 0
+    fewest = len(_filled(order, costs, budget, len(order)))
+    # The smallest number a part that needs no more parts.
+    for size in range(-(-len(order) // max(fewest, 1)), len(order) + 1):
+        parts = _filled(order, costs, budget, size)
+        if len(parts) == fewest:
+            yield from parts
+            return
+
+
+def _filled(order: list[int], costs: Sequence[int], budget: int, most: int) -> list[list[int]]:
+    """Parts filled one after another, of at most `most` indices."""
+    parts: list[list[int]] = []
+    for index in order:
+        if parts and len(parts[-1]) < most and (len(parts[-1]) + 1) * costs[index] <= budget:
+            parts[-1].append(index)
+        else:
+            parts.append([index])
+    return parts
 
 
 def rows_of(batch: dict[str, Any], rows: list[int], width: int) -> dict[str, Any]:

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import click
 
+from .experiments.cli import experiment
+
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 @click.group(context_settings=_SETTINGS)
 def simulate() -> None:
     """Hospitals and coordinator on this one machine."""
+
+
+simulate.add_command(experiment)
 
 
 @simulate.command(

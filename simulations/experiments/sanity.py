@@ -2,8 +2,8 @@
 
 Run on one machine, by `wardround simulate experiment sanity`; no patient: rows are drawn from the small graph below,
 and the accuracy of the best possible answer (Bayes-optimal: the likeliest value given everything the record shows)
-follows from it by adding up the whole joint distribution. Every value of a feature is equally frequent, so on features that
-depend on nothing no answer is better than chance, and a model that is has seen what it must not see.
+follows from it by adding up the whole joint distribution. Every value of a feature is equally frequent, so on features
+that depend on nothing no answer is better than chance, and a model that is has seen what it must not see.
 
     signal_a ─► reading_a      the same level with probability 0.8, else another
     signal_b ─► reading_b      the opposite, with probability 0.85: nothing to be copied

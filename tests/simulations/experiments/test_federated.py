@@ -1,0 +1,110 @@
+"""The federated experiment: its arms, its pairing, its intervals; and the ceiling on the same masked inputs."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from wardround.client.questions import QuestionBuilder
+from wardround.common.config import QuestionsConfig, RunConfig
+from wardround.simulations.experiments import federated
+from wardround.simulations.experiments.ceiling import gradient_boosting_answers
+
+
+def config(base: Path, **grpo) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "name": "trial",
+            "seed": 3,
+            "model": {"id": str(base), "device": "cpu", "prompt": "en_short"},
+            "warmup": {"enabled": False},
+            "questions": {"features_per_record": 4},
+            "grpo": {"local_steps": 1, "patients_per_step": 4, "expectation": "exact", "learning_rate": 0.01, **grpo},
+            "federation": {"rounds": 1, "validation_questions_per_site": 3},
+            "evaluation": {"bootstrap_samples": 100},
+            "simulation": {"registry": "synthetic", "sites": 2},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def exam(tiny_model_path: Path) -> federated.Exam:
+    return federated.make_exam(config(tiny_model_path), per_patient=3)
+
+
+def test_every_arm_asks_as_many_questions_a_step(tiny_model_path: Path, exam: federated.Exam, tmp_path: Path) -> None:
+    settings = config(tiny_model_path)
+    asked = {
+        arm: sum(
+            run.simulation.sites * run.grpo.patients_per_step
+            for run in federated.arm_configs(settings, arm, exam, tmp_path)
+        )
+        for arm in federated.ARMS
+    }
+    assert asked == dict.fromkeys(federated.ARMS, 8.0)
+    [skewed] = federated.arm_configs(settings, "skewed", exam, tmp_path)
+    assert (skewed.simulation.partition, skewed.simulation.partition_feature) == ("dirichlet", "sex")
+
+
+def test_the_experiment_pairs_all_arms_and_goes_on_where_it_stopped(tiny_model_path: Path, tmp_path: Path) -> None:
+    settings, said = config(tiny_model_path), []
+    result = federated.run(settings, tmp_path, seeds=[1, 2], say=said.append)
+    assert set(result["arms"]) == {*federated.ARMS, "base", "warmup", "majority", "ceiling"}
+    assert set(result["comparisons"]) == {label for label, _, _ in federated.COMPARISONS}
+    raw = json.loads(gzip.decompress((tmp_path / "outcomes.json.gz").read_bytes()))
+    for seed in ("1", "2"):
+        lengths = {len(values) for values in raw[seed]["correct"].values()}
+        assert lengths == {len(raw[seed]["patients"])} == {len(raw[seed]["targets"])}
+    both = [np.mean(raw[s]["correct"]["federated"]) - np.mean(raw[s]["correct"]["majority"]) for s in ("1", "2")]
+    assert result["comparisons"]["federated - majority"]["by_seed"] == pytest.approx(both)
+    assert len(said) == 2 * (3 + 2 + 3)  # arms, two local ones; base, warmed up, ceiling
+    assert not list(tmp_path.glob("runs/*/model"))
+    said.clear()
+    assert federated.run(settings, tmp_path, seeds=[1, 2], say=said.append) == result
+    assert said == []
+
+
+def test_intervals_resample_patients_not_questions() -> None:
+    rng = np.random.default_rng(0)
+    patients = np.repeat(np.arange(200), 10)
+    right = np.repeat(rng.random(200) < 0.5, 10).astype(float)  # ten copies say no more than one
+    entry = {"patients": patients.tolist(), "targets": [], "chance": [0.5] * 2000}
+    entry["correct"] = {"federated": right.tolist(), "warmup": [0.0] * 2000}
+    low, high = federated.summarise({1: entry})["arms"]["federated"]["ci95"]
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 200), rel=0.15)
+
+
+def test_a_paired_difference_of_equal_answers_has_no_width() -> None:
+    right = [1.0, 0.0] * 50
+    entry = {"patients": list(range(100)), "targets": [], "chance": [0.5] * 100}
+    entry["correct"] = {"federated": right, "warmup": right, "majority": [0.0] * 100}
+    found = federated.summarise({1: entry})["comparisons"]
+    assert found["federated - warmup"]["ci95"] == [0.0, 0.0]
+    assert found["federated - majority"]["mean"] == 0.5
+
+
+def test_gradient_boosting_beats_the_majority_option_on_the_same_masked_inputs(tiny_model_path: Path) -> None:
+    whole = config(tiny_model_path).model_copy(update={"questions": QuestionsConfig(features_per_record=30)})
+    exam = federated.make_exam(whole, per_patient=10)
+    targets = ("lactate", "heart_rate", "mean_pressure", "creatinine")
+    mine = [i for i, question in enumerate(exam.questions) if question.target in targets]
+    questions = [exam.questions[i] for i in mine]
+    chosen = gradient_boosting_answers(
+        exam.builder, exam.train_rows, questions, exam.rows[mine], exam.shown[mine], seed=0
+    )
+    truth = np.array([question.answer for question in questions])
+    majority = np.array([question.majority for question in questions])
+    assert (chosen == truth).mean() > (majority == truth).mean()
+    hidden = gradient_boosting_answers(
+        exam.builder, exam.train_rows, questions, exam.rows[mine], np.zeros_like(exam.shown[mine]), seed=0
+    )
+    assert (hidden == truth).mean() < (chosen == truth).mean()  # it sees what the record shows, and no more
+
+
+def test_the_exam_is_the_same_for_the_same_seed(tiny_model_path: Path, exam: federated.Exam) -> None:
+    again = federated.make_exam(config(tiny_model_path), per_patient=3)
+    assert [q.text for q in again.questions] == [q.text for q in exam.questions]
+    assert isinstance(again.builder, QuestionBuilder)
+    other = federated.make_exam(config(tiny_model_path).model_copy(update={"seed": 4}), per_patient=3)
+    assert set(other.patients) != set(exam.patients)
