@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
     from ..common.config import MappingConfig
     from ..common.dictionary import Dictionary
+    from .ledger import Ledger
     from .quality import Quality
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -56,11 +59,15 @@ def check(table: Path, dictionary: Path, site: Path | None, as_json: bool) -> No
     Exit 0 when clean. Direct identifiers, levels that the dictionary does not know, missing or constant columns and
     wrong units end with exit 2 and a line each. No patient's value is printed, only columns and rows.
     """
+    from ..common.config import load_site
     from ..common.dictionary import load_dictionary
+    from .policy import check_targets
     from .quality import assess
     from .registry import describe_mapping
 
     described, mapping = load_dictionary(dictionary), _mapping(site)
+    if site is not None:
+        check_targets(load_site(site).policy, described)
     quality = assess(table, described, mapping)
     lines = list(describe_mapping(mapping, described))
     if as_json:
@@ -228,10 +235,72 @@ def merge(site_toml: Path, run_id: str, out: Path, base: str | None) -> None:
     click.echo(f"{out}\nadapter {digest}: the digest in the run's report and model card")
 
 
+@client.group()
+def ledger() -> None:
+    """The record of everything that left this hospital."""
+
+
+@ledger.command(epilog="Example: wardround client ledger show site.toml")
+@click.argument("site_toml", type=_PATH)
+@click.option("--json", "as_json", is_flag=True, help="Print every entry as a line of JSON.")
+def show(site_toml: Path, as_json: bool) -> None:
+    """Print what left this site and what it refused, oldest first."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    record = _ledger_of(site_toml)
+    with _damage_is_an_answer():
+        entries = list(record.entries())
+    if as_json:
+        for entry in entries:
+            click.echo(json.dumps(entry, sort_keys=True))
+        return
+    shown = Table(title=f"{escape(str(record.path))}: {len(entries)} entries", title_justify="left")
+    for heading in ("n", "time", "run", "round", "phase", "bytes", "in all", "what"):
+        shown.add_column(heading, justify="right" if heading in ("n", "round", "bytes", "in all") else "left")
+    for entry in entries:
+        counts = [str(entry["n"]), entry["time"], entry["run"][:8], str(entry["round"]), escape(entry["phase"])]
+        what = f"{entry['kind']}: {entry['code'] or entry['purpose']}"
+        shown.add_row(*counts, f"{entry['bytes']:,}", f"{entry['total']:,}", escape(what))
+    _console().print(shown)
+
+
+@ledger.command(epilog="Example: wardround client ledger verify site.toml")
+@click.argument("site_toml", type=_PATH)
+def verify(site_toml: Path) -> None:
+    """Check that no entry was changed, removed, inserted or moved; a chain cut at its end is not found.
+
+    Exit 2 with the first line that is not what was written.
+    """
+    record = _ledger_of(site_toml)
+    with _damage_is_an_answer():
+        click.echo(f"{record.path}: {record.verify()} entries, each as it was written")
+
+
+def _ledger_of(site_toml: Path) -> Ledger:
+    """The ledger of a site; nothing is made."""
+    from ..common.config import load_site
+    from .folder import Site
+
+    return Site(site_toml.resolve().parent, load_site(site_toml)).ledger
+
+
+@contextmanager
+def _damage_is_an_answer() -> Iterator[None]:
+    """A damaged ledger ends these commands with its line and exit 2: they were asked, they have not failed."""
+    from ..common.errors import UserError, VerificationError
+
+    try:
+        yield
+    except VerificationError as error:
+        raise UserError(str(error)) from None
+
+
 @click.command(
     context_settings=_SETTINGS,
     epilog="Example: wardround evaluate runs/demo/model table.parquet support_icu --schema runs/demo/schema.json "
-    "--config runs/demo/config.resolved.toml --out score.json",
+    "--config runs/demo/config.resolved.toml --out score.json   ·   a hospital that took part: wardround evaluate "
+    "model registry.csv dictionary.toml --site site.toml --out score.json",
 )
 @click.argument("model")
 @click.argument("table", type=_PATH)
@@ -244,6 +313,7 @@ def merge(site_toml: Path, run_id: str, out: Path, base: str | None) -> None:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a config key; may be repeated.")
 @click.option("--site", type=_PATH, default=None, help="site.toml: this hospital's mapping and its own test patients.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON; --out is written as well.")
 def evaluate(
     model: str,
     table: Path,
@@ -256,31 +326,40 @@ def evaluate(
     overrides: tuple[str, ...],
     site: Path | None,
     seed: int,
+    as_json: bool,
 ) -> None:
     """Score MODEL (a folder, a packaged name or a cached id) on held-out patients of TABLE.
 
-    One question a patient, of the 20 % whose keyed hash makes them test patients: a hospital's own with --site, else
-    divided by a public key, which is right only for a registry that MODEL was not trained on.
+    One question a patient, of the 20 % whose keyed hash makes them test patients. The key is the hospital's own with
+    --site; else that of the simulated run which trained MODEL on this registry, which MODEL brings with it; else a
+    public one, which is right only for a registry that MODEL was not trained on.
     """
     from ..common.cli import limit_threads
     from ..common.config import load_run
     from ..common.errors import ConfigError
+    from ..common.files import check_writable
     from ..common.progress import progress_bar
     from . import score as step
 
     if out.is_dir():
         raise ConfigError(f"--out {out}: expected a file, got a folder")
+    check_writable(out.parent)
     settings = step.model_config(load_run(config, overrides), model)
     limit_threads(settings.speed.threads)  # before torch is imported
-    request = step.Request(
-        table=table, dictionary=dictionary, config=settings, adapter=adapter, schema=schema, site=site,
-        n_questions=number, seed=seed,
+    exam = step.prepare(
+        step.Request(
+            table=table, dictionary=dictionary, config=settings, adapter=adapter, schema=schema, site=site,
+            n_questions=number, seed=seed,
+        )
     )  # fmt: skip
-    with progress_bar("questions", number) as advance:
-        result = step.score(request, lambda done, _total: advance(done, ""))
+    with progress_bar("questions", len(exam.questions)) as advance:
+        result = step.score(exam, lambda done: advance(done, ""))
     step.write(out, result)
-    _print_score(result)
-    click.echo(out)
+    if as_json:
+        click.echo(json.dumps(result, indent=2, sort_keys=True))
+    else:
+        _print_score(result)
+        click.echo(out)
 
 
 def _print_score(result: dict) -> None:

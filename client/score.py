@@ -2,6 +2,11 @@
 
 Run at one hospital, or on one machine over an open registry. Model, table and dictionary enter; evaluation counts as
 JSON come out, in the shape of a run's evaluation.json. Questions and answers stay in memory.
+
+Whose patients are held out depends on the key that divides them. With `site` it is the hospital's own. Without, a model
+that a simulated run trained brings that run's key in its provenance.json, so that the patients it was trained on are
+left out; a model trained on real hospitals of this dictionary is refused. Any other model, whose registry this cannot
+have been as far as can be told, is scored on patients divided by a public key.
 """
 
 from __future__ import annotations
@@ -18,9 +23,10 @@ import numpy as np
 
 from ..common.config import LoraConfig, ModelConfig, RunConfig, SiteConfig, load_site
 from ..common.counts import count
+from ..common.dictionary import Dictionary, load_dictionary
 from ..common.errors import ConfigError, ModelError, RegistryError, VerificationError
 from ..common.files import write_atomic
-from ..common.question import load_prompt
+from ..common.question import PromptTemplate, Question, load_prompt
 from ..common.schema import Schema, derive_schema
 from ..common.seeds import derive_rng
 from ..common.statistics import Tally, summarise
@@ -46,18 +52,72 @@ class Request:
     seed: int = 0
 
 
-def open_site(request: Request) -> Site:
-    """The table as a site: its mapping and split, without touching anything on disk unless `site` is given."""
+@dataclass(frozen=True)
+class Exam:
+    """What one model is asked, made before it is loaded.
+
+    Attributes:
+        request: what to score on what.
+        site: the table as a site.
+        split_key: what divided its patients: "site", "run" (the one that trained the model) or "public".
+        schema: the question schema.
+        template: the prompt.
+        questions: one a test patient, at most `request.n_questions`.
+        test_patients: how many there are.
+    """
+
+    request: Request
+    site: Site
+    split_key: str
+    schema: Schema
+    template: PromptTemplate
+    questions: list[Question]
+    test_patients: int
+
+
+def open_site(request: Request) -> tuple[Site, str]:
+    """The table as a site: its mapping and split, without touching anything on disk; and whose split key it has.
+
+    Raises:
+        ConfigError: the site has no key yet, or the model was trained on a registry of this dictionary and does not
+            say how its patients were divided.
+        ModelError: the model's provenance is not readable.
+    """
     table = str(request.table.resolve())
     dictionary = str(request.dictionary.resolve() if request.dictionary.is_file() else request.dictionary)
     if request.site is None:
-        config = SiteConfig(name="evaluate", table=table, dictionary=dictionary, split_key=PUBLIC_SPLIT_KEY)
-        return Site(Path(), config)
+        key = _key_of_the_run(request, load_dictionary(request.dictionary))
+        config = SiteConfig(name="evaluate", table=table, dictionary=dictionary, split_key=key or PUBLIC_SPLIT_KEY)
+        return Site(Path(), config), "run" if key else "public"
     config = load_site(request.site).model_copy(update={"table": table, "dictionary": dictionary})
     site = Site(request.site.resolve().parent, config)
     if config.split_key is None and not (site.state / "split.key").exists():
         raise ConfigError(f"{request.site}: this site has no split key yet, so it has no test patients")
-    return site
+    return site, "site"
+
+
+def _key_of_the_run(request: Request, dictionary: Dictionary) -> str | None:
+    """The key of the simulated run that trained model or adapter on this dictionary's registry; None: none did."""
+    keys: set[str] = set()
+    for folder in (Path(request.config.model.id), request.adapter):
+        file = None if folder is None else folder / "provenance.json"
+        if file is None or not file.is_file():
+            continue
+        try:
+            facts = json.loads(file.read_text(encoding="utf-8"))
+            trained_here, key = facts["dictionary_digest"] == dictionary.digest(), str(facts.get("split_key", ""))
+            bytes.fromhex(key)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ModelError(f"{file}: not a model's provenance; expected the file that a run wrote") from None
+        if trained_here:
+            keys.add(key)
+    if len(keys) > 1 or "" in keys:
+        what = "this model was" if "" in keys else "model and adapter were each"
+        raise ConfigError(
+            f"{what} trained on a registry with this dictionary: name the hospital's site.toml with --site so that its "
+            f"training patients are left out"
+        )
+    return keys.pop() if keys else None
 
 
 def read_schema(path: Path) -> Schema:
@@ -96,22 +156,13 @@ def adapter_settings(folder: Path) -> LoraConfig:
         raise ModelError(f"{file}: not the configuration of a LoRA adapter") from None
 
 
-def score(request: Request, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
-    """The evaluation of one model.
-
-    Args:
-        request: what to score on what.
-        progress: called with (questions done, questions in all).
-
-    Returns:
-        "model" and "majority": {"accuracy", "ci95", "n", "correct"}; "chance"; "by_feature"; "by_section";
-        "provenance".
+def prepare(request: Request) -> Exam:
+    """The questions for one model.
 
     Raises:
-        RegistryError, DictionaryError, ConfigError, ModelError: one line each, before the model is loaded
-            where possible.
+        RegistryError, DictionaryError, ConfigError, ModelError: one line each.
     """
-    site, settings = open_site(request), request.config
+    (site, split_key), settings = open_site(request), request.config
     registry = site.registry
     template = load_prompt(settings.model.prompt)
     if request.schema is not None:
@@ -129,10 +180,28 @@ def score(request: Request, progress: Callable[[int, int], None] | None = None) 
     questions = builder.build(rows, rng)[: request.n_questions]
     if not questions:
         raise RegistryError(f"{request.table}: none of its {len(patients)} test patients has a value that can be asked")
+    return Exam(request, site, split_key, schema, template, questions, len(patients))
 
+
+def score(exam: Exam, progress: Callable[[int], None] | None = None) -> dict[str, Any]:
+    """The evaluation of one model.
+
+    Args:
+        exam: what it is asked.
+        progress: called with the number of questions done.
+
+    Returns:
+        "model" and "majority": {"accuracy", "ci95", "n", "correct"}; "chance"; "by_feature"; "by_section";
+        "provenance".
+
+    Raises:
+        ModelError: the model or its adapter cannot be used.
+    """
     from ..common.lm import models
     from .evaluation import evaluate_questions
 
+    request, registry = exam.request, exam.site.registry
+    settings, questions = request.config, exam.questions
     lora = None if request.adapter is None else adapter_settings(request.adapter)
     lm = models.load(settings.model, lora, seed=settings.seed)
     if request.adapter is not None:
@@ -146,12 +215,12 @@ def score(request: Request, progress: Callable[[int, int], None] | None = None) 
         nonlocal done
         done += n
         if progress is not None:
-            progress(done, len(questions))
+            progress(done)
 
-    outcomes = evaluate_questions(lm, questions, template, settings, on_done=on_done)
+    outcomes = evaluate_questions(lm, questions, exam.template, settings, on_done=on_done)
     sections = {feature.name: feature.section for feature in registry.dictionary.used}
     result = summarise(
-        Tally.of(questions, {MODEL: outcomes}, schema.names),
+        Tally.of(questions, {MODEL: outcomes}, exam.schema.names),
         sections,
         settings.evaluation.bootstrap_samples,
         request.seed,
@@ -163,10 +232,10 @@ def score(request: Request, progress: Callable[[int, int], None] | None = None) 
         "registry": registry.dictionary.name,
         "registry_digest": registry.digest,
         "dictionary_digest": registry.dictionary.digest(),
-        "schema_digest": schema.digest(),
+        "schema_digest": exam.schema.digest(),
         "schema_from": "table" if request.schema is None else str(request.schema),
-        "split_key": "public" if request.site is None else "site",
-        "test_patients": len(patients),
+        "split_key": exam.split_key,
+        "test_patients": exam.test_patients,
         "prompt": settings.model.prompt,
         "questions": settings.questions.model_dump(mode="json"),
         "seed": request.seed,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from wardround.client.ledger import Ledger
+from wardround.client.registry import read_registry, split_rows
 from wardround.common.cli import main
-from wardround.common.dictionary import dump_dictionary, load_dictionary
+from wardround.common.dictionary import Dictionary, dump_dictionary, load_dictionary
 from wardround.common.errors import UserError
 from wardround.simulations import registries, synthetic_registry
 
@@ -242,6 +245,115 @@ def test_evaluate_puts_a_peft_adapter_on_the_model(tmp_path: Path, capsys, tiny_
     assert scores["base"]["by_feature"] != scores["adapted"]["by_feature"]  # other answers
 
 
+def trained_model(tiny: Path, folder: Path, dictionary: Dictionary, **facts: object) -> Path:
+    """A model folder as a run over this dictionary leaves it."""
+    shutil.copytree(tiny, folder)
+    (folder / "provenance.json").write_text(json.dumps({"dictionary_digest": dictionary.digest(), **facts}))
+    return folder
+
+
+def test_evaluate_leaves_out_the_training_patients_of_the_run_that_made_the_model(
+    tmp_path: Path, capsys, tiny_model_path: Path
+):
+    frame, dictionary = synthetic_registry.make(300, seed=4)
+    frame.to_parquet(tmp_path / "t.parquet")
+    (tmp_path / "d.toml").write_text(dump_dictionary(dictionary))
+    key = "5e" * 32
+    registry = read_registry(tmp_path / "t.parquet", dictionary)
+    held_out = len(set(registry.patients[split_rows(registry, bytes.fromhex(key))["test"]]))
+    model = trained_model(tiny_model_path, tmp_path / "model", dictionary, split_key=key)
+    args = ["evaluate", model, tmp_path / "t.parquet", tmp_path / "d.toml", "--set", "evaluation.bootstrap_samples=200"]
+    code, out, err = run(capsys, *args, "--out", tmp_path / "score.json", "--json")
+    result = json.loads(out)
+    assert code == 0 and result == json.loads((tmp_path / "score.json").read_text())
+    assert (result["provenance"]["split_key"], result["provenance"]["test_patients"]) == ("run", held_out)
+    assert f"questions: {result['n']}/{result['n']}" in err  # the bar counts what is asked, not what was allowed
+
+    other = trained_model(tiny_model_path, tmp_path / "other", load_dictionary("smart"))  # of another dictionary
+    code, out, _ = run(capsys, "evaluate", other, *args[2:], "--out", tmp_path / "other.json", "--json")
+    assert code == 0 and json.loads(out)["provenance"]["split_key"] == "public"
+
+
+def test_evaluate_refuses_a_model_that_may_have_been_trained_on_these_patients(
+    tmp_path: Path, capsys, tiny_model_path: Path
+):
+    frame, dictionary = synthetic_registry.make(300, seed=4)
+    frame.to_parquet(tmp_path / "t.parquet")
+    (tmp_path / "d.toml").write_text(dump_dictionary(dictionary))
+    model = trained_model(tiny_model_path, tmp_path / "model", dictionary)
+    args = [tmp_path / "t.parquet", tmp_path / "d.toml", "--out", tmp_path / "score.json", "-n", 5]
+    code, _, err = run(capsys, "evaluate", model, *args)
+    assert code == 2 and err == (
+        "error: this model was trained on a registry with this dictionary: name the hospital's site.toml with --site "
+        "so that its training patients are left out\n"
+    )
+    (tmp_path / "adapter").mkdir()  # an adapter brings its provenance too
+    (model / "provenance.json").rename(tmp_path / "adapter" / "provenance.json")
+    code, _, err = run(capsys, "evaluate", model, *args, "--adapter", tmp_path / "adapter")
+    assert code == 2 and "this model was trained on a registry with this dictionary" in err
+    (model / "provenance.json").write_text("[]")
+    code, _, err = run(capsys, "evaluate", model, *args)
+    assert code == 2 and "provenance.json: not a model's provenance" in err and err.count("\n") == 1
+    assert not (tmp_path / "score.json").exists()
+    (tmp_path / "site.toml").write_text(
+        f'name = "a"\ntable = "t.parquet"\ndictionary = "d.toml"\nsplit_key = "{"5e" * 32}"\n'
+    )
+    code, out, _ = run(capsys, "evaluate", model, *args, "--site", tmp_path / "site.toml", "--json")
+    assert code == 0 and json.loads(out)["provenance"]["split_key"] == "site"
+
+
+def test_evaluate_tells_before_it_scores_that_it_cannot_write(tmp_path: Path, capsys, tiny_model_path: Path):
+    (tmp_path / "file").write_text("")
+    code, _, err = run(capsys, "evaluate", tiny_model_path, "t", "d", "--out", tmp_path / "file" / "score.json")
+    assert code == 2 and "expected a folder, got a file" in err and err.count("\n") == 1
+
+
+def site_with_a_ledger(folder: Path, entries: int) -> Ledger:
+    (folder / "site.toml").write_text('name = "east"\ntable = "t.csv"\ndictionary = "d.toml"\n')
+    (folder / "state").mkdir()
+    ledger = Ledger(folder / "state" / "ledger.jsonl")
+    for index in range(entries):
+        ledger.append(
+            "refusal" if index == 2 else "egress", run_id="0f" * 16, round_index=index, phase="train.local",
+            purpose="statistics", size_bytes=1000, sha256="ab", code="refused" if index == 2 else "",
+        )  # fmt: skip
+    return ledger
+
+
+def test_the_ledger_is_shown_and_verified(tmp_path: Path, capsys):
+    ledger = site_with_a_ledger(tmp_path, 3)
+    code, out, _ = run(capsys, "client", "ledger", "show", tmp_path / "site.toml")
+    assert code == 0 and "3 entries" in out and "refusal: refused" in out and "2,000" in out and "0f0f0f0f" in out
+    code, out, _ = run(capsys, "client", "ledger", "show", tmp_path / "site.toml", "--json")
+    assert code == 0 and [json.loads(line) for line in out.splitlines()] == list(ledger.entries())
+    code, out, _ = run(capsys, "client", "ledger", "verify", tmp_path / "site.toml")
+    assert code == 0 and out == f"{ledger.path}: 3 entries, each as it was written\n"
+
+
+def test_a_changed_ledger_names_its_first_bad_line(tmp_path: Path, capsys):
+    ledger = site_with_a_ledger(tmp_path, 3)
+    ledger.path.write_bytes(ledger.path.read_bytes().replace(b'"round":1', b'"round":7'))
+    for command in ("show", "verify"):
+        code, out, err = run(capsys, "client", "ledger", command, tmp_path / "site.toml")
+        assert (code, out) == (2, "")
+        assert err == f"error: {ledger.path}: line 3 does not follow the line before it\n"
+
+
+def test_a_site_that_sent_nothing_has_an_empty_ledger_and_gets_no_folder(tmp_path: Path, capsys):
+    (tmp_path / "site.toml").write_text('name = "east"\ntable = "t.csv"\ndictionary = "d.toml"\n')
+    assert "0 entries" in run(capsys, "client", "ledger", "verify", tmp_path / "site.toml")[1]
+    assert "0 entries" in run(capsys, "client", "ledger", "show", tmp_path / "site.toml")[1]
+    assert not (tmp_path / "state").exists()
+
+
+def test_check_refuses_a_policy_that_names_no_feature(ward: Path, capsys):
+    (ward / "site.toml").write_text(
+        'name = "east"\ntable = "good.csv"\ndictionary = "ward.toml"\n[policy]\ntargets_never_asked = ["hiv"]\n'
+    )
+    code, _, err = run(capsys, "client", "check", ward / "good.csv", ward / "ward.toml", "--site", ward / "site.toml")
+    assert code == 2 and err == "error: policy.targets_never_asked: dictionary 'ward' has no entry 'hiv'\n"
+
+
 @pytest.mark.parametrize(
     ("changed", "line"),
     [
@@ -273,7 +385,15 @@ def test_evaluate_refuses_in_one_line_and_writes_nothing(
 
 
 @pytest.mark.parametrize(
-    "command", [["client", "check"], ["client", "dictionary"], ["client", "questions"], ["evaluate"]]
+    "command",
+    [
+        ["client", "check"],
+        ["client", "dictionary"],
+        ["client", "questions"],
+        ["client", "ledger", "show"],
+        ["client", "ledger", "verify"],
+        ["evaluate"],
+    ],
 )
 def test_help_has_an_example(command: list[str], capsys):
     code, out, _ = run(capsys, *command, "--help")
