@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check bench clean
+.PHONY: help install demo learn test test-slow check bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -42,6 +42,9 @@ $(READY): pyproject.toml constraints.txt Makefile
 demo: $(READY)  ## the main job: 4 hospitals, real ICU patients, a real model (OUT=folder; continues or shows a run that is there)
 	$(BIN)/wardround simulate run configs/demo.toml --out $(OUT) --resume
 
+learn: $(READY)  ## the setting that learns, hours long, in pieces if need be: it continues where it stopped
+	$(BIN)/wardround simulate run configs/learn.toml --out runs/learn --resume
+
 test: $(READY)  ## the tests, without those marked slow
 	$(BIN)/python -m pytest
 
@@ -58,5 +61,5 @@ bench: $(READY)  ## every benchmark; figures go to benchmarks/results
 	set -e; for file in benchmarks/questions.py benchmarks/federation.py benchmarks/grpo_step.py; do $(BIN)/python $$file; done
 
 clean:  ## remove the environment, caches and demo runs
-	rm -rf $(VENV) build dist *.egg-info runs/demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info runs/demo runs/small .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
