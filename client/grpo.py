@@ -41,6 +41,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from ..common.config import RunConfig
 from ..common.lm.generation import Answering, Completion, completion_log_probs, draw, rollout
+from ..common.lm.memory import out_of_memory, tokens_per_backward
 from ..common.lm.models import LanguageModel
 from ..common.lm.prefix import SharedPrefix, causal_model, option_log_softmax
 from ..common.lm.scoring import encode
@@ -80,7 +81,8 @@ def train_local_round(
         on_step: called after every step with (steps done, steps, mean reward of the step; NaN for an empty draw).
 
     Raises:
-        ModelError: the model cannot share a prompt among completions, or its tokenizer splits option letters.
+        ModelError: the model cannot share a prompt among completions, its tokenizer splits option letters, or the GPU
+            ran out of memory.
         VerificationError: training gave a vector that is not finite.
     """
     began = time.perf_counter()
@@ -91,6 +93,8 @@ def train_local_round(
         warnings.simplefilter("ignore", FutureWarning)  # trl asks for names that transformers has renamed
         try:
             engine.train()
+        except torch.OutOfMemoryError:
+            raise out_of_memory(engine.tokens_per_backward, engine.dearest) from None
         finally:
             engine.close()
     total, counts = time.perf_counter() - began, engine.counts
@@ -133,7 +137,8 @@ class Engine(GRPOTrainer):
         self.answering = Answering(lm, template)
         self.draws = Draws(source, grpo.patients_per_step, grpo.local_steps, derive_rng(seed, "draws"))
         self.sampler = torch.Generator().manual_seed(derive_seed(seed, "sampling"))
-        self.tokens_per_backward = config.speed.tokens_per_backward or _tokens_per_backward(lm)
+        self.tokens_per_backward = config.speed.tokens_per_backward or tokens_per_backward(lm)
+        self.dearest = 0  # tokens of the largest single patient's pass so far
         self.on_step = on_step
         self.never_generated: Sequence[int] = ()  # benchmarks suppress the end token
         self.counts = RoundCounts(grpo.group_size)
@@ -230,6 +235,8 @@ class Engine(GRPOTrainer):
             return
         reasoning = self.reasoning_tokens > 0
         asked = [Asked(question, encode(self.lm, self.template, question, reasoning)) for question in questions]
+        most = self.grpo.group_size * (self.reasoning_tokens + len(self.answering.forced_ids)) if reasoning else 0
+        self.dearest = max(self.dearest, *(len(one.prompt) + most for one in asked))
         scale = StepScale(self.grpo.loss_type, self.draws.expected_patients, len(asked), len(asked))
         if reasoning:
             yield from self._sampled_losses(asked, one_by_one)
@@ -406,14 +413,6 @@ class Engine(GRPOTrainer):
         finally:
             for parameter, value in zip(self.trained, now, strict=True):
                 parameter.data = value
-
-
-def _tokens_per_backward(lm: LanguageModel) -> int:
-    """How much goes through the model at a time when the run does not say; measured on SmolLM2 with two cores."""
-    if lm.device.type != "cpu":
-        return 16384
-    # In bfloat16 the weights are rearranged for the processor at every pass, which is worth it for many tokens only.
-    return 2560 if lm.dtype == torch.bfloat16 else 1024
 
 
 def _arguments(config: RunConfig, folder: str, seed: int, device: torch.device) -> GRPOConfig:

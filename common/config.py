@@ -176,7 +176,8 @@ class Speed(Frozen):
     micro_batch: Annotated[int, Field(ge=1)] = 16
     threads: Annotated[int, Field(ge=0)] = 0  # 0: as torch chooses
     # Tokens of one forward and backward pass of training, at least one patient; it decides the memory that training
-    # needs (SmolLM2: about 1 MB a token, half in bfloat16). 0: 1024 on a CPU, 2560 there in bfloat16, 16384 on a GPU.
+    # needs (SmolLM2: about 1 MB a token, half in bfloat16). 0: 1024 on a CPU, 2560 there in bfloat16, on a GPU what its
+    # free memory holds (common/lm/memory.py).
     tokens_per_backward: Annotated[int, Field(ge=0)] = 0
 
 
