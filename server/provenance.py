@@ -95,10 +95,12 @@ def commit() -> str | None:
 
 def protected(facts: Mapping[str, Any]) -> list[str]:
     """What held in this run, one sentence each."""
+    samples = ", except sample questions of this open registry" if facts["public"] else ""
     return [
-        "Patient rows, the questions made from them and the model's answers were read only by the site's own code. "
-        "What a site sends is enumerated (counts over the dictionary's bins, statistics of local training, adapter "
-        "updates, numbers of questions answered right), and the site's ledger has each message before it leaves.",
+        f"Patient rows, the questions made from them and the model's answers were read only by the site's own code"
+        f"{samples}. What a site sends is enumerated (its name and number of training patients, counts over the "
+        "dictionary's bins, statistics of local training, adapter updates, numbers of questions answered right, "
+        "digests and error codes), and the site's ledger has each message before it leaves.",
         "Each site checked its own policy before it worked and again before it answered; errors left as codes, never "
         "as texts.",
         "Each site compared the digest of the model it was given with the one the coordinator named, and the digest "
