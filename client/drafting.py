@@ -42,7 +42,6 @@ _OUTCOME_WORDS = re.compile(
     r"(?:^|_)(?:dead|death|died|deceased|mort(?:ality)?|outcome|event|mace|readmi\w*|hospdead|surviv\w*)(?:_|$|\d)"
 )
 _CONSEQUENCE_WORDS = re.compile(r"(?:^|_)(?:los|length_of_stay|charges?|costs?|discharge\w*|follow_?up|time)(?:_|$|\d)")
-_RUNNING_WORDS = {"id", "nr", "no", "num", "number", "key", "index"}  # `encounter_id`: at the end of a column's name
 _FEWEST_ROWS = 20  # in shorter tables nothing is said of how often values repeat
 _NINES = {9.0, 99.0, 999.0, 9999.0, 99999.0, -1.0, -9.0, -99.0, -999.0, -9999.0, 88.0, 888.0}
 _SPIKE_SHARE, _SPIKE_TIMES = 0.08, 4.0  # one value this frequent, and this many times the next
@@ -212,14 +211,10 @@ def draft_entry(data: pa.Table, column: Column) -> tuple[Feature, list[str]]:
 
 
 def _is_running(name: str, values: np.ndarray) -> bool:
-    """Whether whole numbers count rows, stays or samples: by name, without a gap, or never twice."""
-    if len(values) <= _FEWEST_ROWS:
-        return False
+    """Whether whole numbers count patients, stays or samples: by name, never twice, or without a gap."""
     distinct = np.unique(values)
-    if _plain(name).split("_")[-1] in _RUNNING_WORDS:
-        return len(distinct) > 0.5 * len(values)
-    gapless = len(distinct) == len(values) and distinct[-1] - distinct[0] == len(values) - 1
-    return bool(gapless) or is_serial(values, None)
+    gapless = len(distinct) == len(values) > _FEWEST_ROWS and distinct[-1] - distinct[0] == len(values) - 1
+    return bool(gapless) or is_serial(name, values, None)
 
 
 def _draft_category(column: Column, label: str) -> tuple[Feature, list[str]]:

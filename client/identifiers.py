@@ -96,6 +96,15 @@ _FEWEST = 5  # distinct cells before content says anything but "e-mail"
 _MOST = 2000  # distinct cells looked at
 
 
+def words_of(column: str) -> list[str]:
+    """What a column's name is made of, in lower case.
+
+    >>> words_of("stayNr"), words_of("ENCOUNTER_ID"), words_of("crea1")
+    (['stay', 'nr'], ['encounter', 'id'], ['crea', '1'])
+    """
+    return [word.lower() for word in _TOKENS.findall(column)]
+
+
 def by_name(column: str) -> str | None:
     """What a column's name says it holds, or None.
 
@@ -104,7 +113,7 @@ def by_name(column: str) -> str | None:
     >>> by_name("heart_rate"), by_name("drug_name"), by_name("cpr_performed"), by_name("주소증")
     (None, None, None, None)
     """
-    words = [word.lower() for word in _TOKENS.findall(column)]
+    words = words_of(column)
     alone = [word for word in words if word not in _COMPANIONS] or words[-1:]
     if len(alone) == 1 and alone[0] in _ALONE:
         return _ALONE[alone[0]]

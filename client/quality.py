@@ -38,6 +38,8 @@ OUT_OF_RANGE_ERROR_SHARE = 0.05
 # Whole numbers that never occur twice among so many rows (or patients) are numbers of stays or samples. Measurements
 # repeat: of 200 values spread over 5,000, as wide as any laboratory's, two are equal in 98 of 100 tables.
 SERIAL_ROWS = 200
+_FEWEST_ROWS = 20  # nothing is said of how often values repeat in shorter tables
+_SERIAL_WORDS = {"id", "nr", "no", "num", "number", "key", "index"}  # `encounter_id`, `stayNr`: at the end of a name
 
 
 @dataclass(frozen=True)
@@ -243,9 +245,9 @@ def _column(
         out_of_range = int(clean.out_of_range.sum())
         if out_of_range:
             found.append(_range_finding(raw, feature, column, clean.out_of_range, rows - missing - sentinel, unit))
-        if not feature.not_identifying and is_serial(raw, patient_of_row):
+        if not feature.not_identifying and is_serial(column, raw, patient_of_row):
             text = (
-                f"column '{column}' holds a whole number that never occurs twice, like the number of a stay: give it "
+                f"column '{column}' holds whole numbers that do not repeat, like those of stays: give it "
                 'role = "excluded", or, if it is a measurement, say so in the dictionary (not_identifying = true)'
             )
             found.append(Finding("error", column, text))
@@ -271,20 +273,23 @@ def _column(
     return quality, found
 
 
-def is_serial(raw: np.ndarray, patient_of_row: np.ndarray | None) -> bool:
-    """Whether a column numbers rows, or patients, instead of measuring them; never said of short tables.
+def is_serial(column: str, raw: np.ndarray, patient_of_row: np.ndarray | None) -> bool:
+    """Whether a column numbers patients, stays or samples instead of measuring; never said of short tables.
 
     Args:
+        column: its name.
         raw: float64 (rows,), as in the table, NaN missing.
         patient_of_row: (rows,) a number for each patient; None: unknown.
     """
     known = ~np.isnan(raw)
     values, n = raw[known], int(known.sum())
-    if n < SERIAL_ROWS or np.any(values != np.round(values)):
+    if n <= _FEWEST_ROWS or np.any(values != np.round(values)):
         return False
     distinct = len(np.unique(values))
+    if not _SERIAL_WORDS.isdisjoint(identifiers.words_of(column)[-1:]):
+        return distinct > 0.5 * n
     if patient_of_row is None or distinct == n:
-        return distinct == n
+        return distinct == n >= SERIAL_ROWS
     patients = patient_of_row[known]
     pairs = len(np.unique(np.column_stack([patients, values]), axis=0))
     return SERIAL_ROWS <= distinct == pairs == len(np.unique(patients))

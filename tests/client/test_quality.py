@@ -327,12 +327,21 @@ def test_numbers_of_stays_are_not_measurements(tmp_path, cells: np.ndarray, seri
     long_table(stay=cells).to_csv(tmp_path / "t.csv", index=False)
     stay = minutes("stay", decimals=3)
     quality = assess(tmp_path / "t.csv", described(stay), MappingConfig())
-    expected = "column 'stay' holds a whole number that never occurs twice, like the number of a stay: give it role"
+    expected = "column 'stay' holds whole numbers that do not repeat, like those of stays: give it role"
     assert [text.startswith(expected) for text in errors(quality)] == [True] * serial
     judged = assess(tmp_path / "t.csv", described({**stay, "not_identifying": True}), MappingConfig())
     assert judged.errors == ()
     long_table(stay=cells)[:150].to_csv(tmp_path / "t.csv", index=False)
     assert assess(tmp_path / "t.csv", described(stay), MappingConfig()).errors == ()  # too few rows to tell
+
+
+def test_a_number_of_stays_that_is_named_so_is_found_in_a_short_table_too(tmp_path):
+    cells = np.random.default_rng(1).permutation(10**6)[:LONG]
+    for rows, found in ((30, 1), (15, 0)):
+        long_table(stayNr=cells)[:rows].to_csv(tmp_path / "t.csv", index=False)
+        assert len(assess(tmp_path / "t.csv", described(minutes("stayNr")), MappingConfig()).errors) == found
+    long_table(children_no=np.arange(LONG) % 9).to_csv(tmp_path / "t.csv", index=False)
+    assert assess(tmp_path / "t.csv", described(minutes("children_no")), MappingConfig()).errors == ()
 
 
 def test_texts_that_a_draft_left_to_do_are_errors(tmp_path):
