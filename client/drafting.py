@@ -20,7 +20,7 @@ import pyarrow as pa
 from ..common.dictionary import Dictionary, Feature
 from ..common.errors import RegistryError
 from . import tables
-from .quality import identifier_in, is_serial
+from .quality import FEWEST_ROWS, identifier_in, is_serial
 from .tables import MISSING_WORDS
 
 MAX_LEVELS = 50  # more different words than this are no category
@@ -42,7 +42,6 @@ _OUTCOME_WORDS = re.compile(
     r"(?:^|_)(?:dead|death|died|deceased|mort(?:ality)?|outcome|event|mace|readmi\w*|hospdead|surviv\w*)(?:_|$|\d)"
 )
 _CONSEQUENCE_WORDS = re.compile(r"(?:^|_)(?:los|length_of_stay|charges?|costs?|discharge\w*|follow_?up|time)(?:_|$|\d)")
-_FEWEST_ROWS = 20  # in shorter tables nothing is said of how often values repeat
 _NINES = {9.0, 99.0, 999.0, 9999.0, 99999.0, -1.0, -9.0, -99.0, -999.0, -9999.0, 88.0, 888.0}
 _SPIKE_SHARE, _SPIKE_TIMES = 0.08, 4.0  # one value this frequent, and this many times the next
 _HEAD = (
@@ -199,7 +198,7 @@ def draft_entry(data: pa.Table, column: Column) -> tuple[Feature, list[str]]:
     coded = column.numbers is None or (whole and len(column.words) <= _NUMBER_LEVELS)
     if coded and len(column.words) > MAX_LEVELS:
         return excluded(f"{len(column.words)} different words", "group them into at most 50 levels, or leave it out")
-    if coded and len(column.words) > 0.5 * column.rows and column.rows > _FEWEST_ROWS:
+    if coded and len(column.words) > 0.5 * column.rows and column.rows > FEWEST_ROWS:
         return excluded("nearly every row has a word of its own", "free text or a code list?")
     if coded:
         return _draft_category(column, label)
@@ -213,7 +212,7 @@ def draft_entry(data: pa.Table, column: Column) -> tuple[Feature, list[str]]:
 def _is_running(name: str, values: np.ndarray) -> bool:
     """Whether whole numbers count patients, stays or samples: by name, never twice, or without a gap."""
     distinct = np.unique(values)
-    gapless = len(distinct) == len(values) > _FEWEST_ROWS and distinct[-1] - distinct[0] == len(values) - 1
+    gapless = len(distinct) == len(values) > FEWEST_ROWS and distinct[-1] - distinct[0] == len(values) - 1
     return bool(gapless) or is_serial(name, values, None)
 
 

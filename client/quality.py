@@ -38,7 +38,7 @@ OUT_OF_RANGE_ERROR_SHARE = 0.05
 # Whole numbers that never occur twice among so many rows (or patients) are numbers of stays or samples. Measurements
 # repeat: of 200 values spread over 5,000, as wide as any laboratory's, two are equal in 98 of 100 tables.
 SERIAL_ROWS = 200
-_FEWEST_ROWS = 20  # nothing is said of how often values repeat in shorter tables
+FEWEST_ROWS = 20  # nothing is said of how often values repeat in shorter tables
 _SERIAL_WORDS = {"id", "nr", "no", "num", "number", "key", "index"}  # `encounter_id`, `stayNr`: at the end of a name
 
 
@@ -283,7 +283,7 @@ def is_serial(column: str, raw: np.ndarray, patient_of_row: np.ndarray | None) -
     """
     known = ~np.isnan(raw)
     values, n = raw[known], int(known.sum())
-    if n <= _FEWEST_ROWS or np.any(values != np.round(values)):
+    if n <= FEWEST_ROWS or np.any(values != np.round(values)):
         return False
     distinct = len(np.unique(values))
     if not _SERIAL_WORDS.isdisjoint(identifiers.words_of(column)[-1:]):
