@@ -41,7 +41,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from ..common.config import RunConfig
 from ..common.lm.generation import Answering, Completion, completion_log_probs, draw, rollout
-from ..common.lm.memory import out_of_memory, tokens_per_backward
+from ..common.lm.memory import give_back_free_memory, out_of_memory, tokens_per_backward
 from ..common.lm.models import LanguageModel
 from ..common.lm.prefix import SharedPrefix, causal_model, option_log_softmax
 from ..common.lm.scoring import encode
@@ -97,6 +97,7 @@ def train_local_round(
             raise out_of_memory(engine.tokens_per_backward, engine.dearest) from None
         finally:
             engine.close()
+    give_back_free_memory()
     total, counts = time.perf_counter() - began, engine.counts
     phases = {**engine.phase_seconds, "other": total - sum(engine.phase_seconds.values())}
     return LocalResult(

@@ -150,7 +150,7 @@ class SharedPrefix:
         if self._mask is not None:
             near = (near.view(R, K * per, T, U) + self._mask.to(near.dtype)).view(R, K, per * T, U)
         near = near.view(P, G, K, per * T, U).transpose(1, 2)
-        weights = torch.softmax(torch.cat([far, near], -1), -1, dtype=torch.float32).to(value.dtype)
+        weights = torch.softmax(torch.cat([far, near], -1), -1)  # torch adds up in float32 in any dtype
         far, near = weights.split([S, U], -1)
         from_prompt = torch.matmul(far.reshape(P, K, G * per * T, S), pv).view(P, K, G, per * T, D).transpose(1, 2)
         from_own = torch.matmul(near.transpose(1, 2).reshape(R, K, per * T, U), value)
@@ -191,8 +191,9 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float)
     R, H, T, D = query.shape
     K = key.shape[1]
     scores = torch.matmul((query * scaling).reshape(R, K, H // K * T, D), key.transpose(2, 3)).view(R, H, T, T)
-    weights = torch.softmax(scores + _causal(T, 0, query.device).to(scores.dtype), -1, dtype=torch.float32)
-    return torch.matmul(weights.to(value.dtype).view(R, K, H // K * T, T), value).view(R, H, T, D)
+    # In the scores' own dtype: torch adds up in float32 either way, and a float32 copy is what memory goes to.
+    weights = torch.softmax(scores + _causal(T, 0, query.device).to(scores.dtype), -1)
+    return torch.matmul(weights.view(R, K, H // K * T, T), value).view(R, H, T, D)
 
 
 def _attention_function(
