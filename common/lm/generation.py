@@ -13,6 +13,7 @@ end is still its own, and stays in the loss.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,9 +22,12 @@ import torch
 from torch import Tensor
 
 from ..question import LETTERS, PromptTemplate, parse_answer
+from .lora import merged
 from .models import LanguageModel
 from .prefix import SharedPrefix, option_log_softmax, token_log_probs
 from .scoring import option_token_ids
+
+_MERGE_FROM = 16  # tokens a completion from which merging the adapter pays
 
 
 @dataclass
@@ -146,6 +150,21 @@ def rollout(
     """
     if not prompts:
         return []
+    with merged(lm.model) if max_tokens >= _MERGE_FROM else nullcontext():
+        return _rollout(lm, answering, prompts, n_options, group_size, max_tokens, temperature, uniform, suppress)
+
+
+def _rollout(
+    lm: LanguageModel,
+    answering: Answering,
+    prompts: Sequence[Sequence[int]],
+    n_options: Sequence[int],
+    group_size: int,
+    max_tokens: int,
+    temperature: float,
+    uniform: Tensor | None,
+    suppress: Sequence[int],
+) -> list[Completion]:
     prefix = SharedPrefix(lm, prompts, group_size)
     completions = [Completion() for _ in range(len(prompts) * group_size)]
     open_rows = list(range(len(completions)))

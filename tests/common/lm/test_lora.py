@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from wardround.common.config import LoraConfig, ModelConfig
 from wardround.common.lm import models
-from wardround.common.lm.lora import fuse
+from wardround.common.lm.lora import fuse, merged
 
 from tests.tiny import tiny_phi
 
@@ -107,3 +107,26 @@ def test_layers_of_another_kind_keep_pefts_forward() -> None:
     assert fuse(net()) == 1
     assert fuse(net(use_dora=True)) == 0
     assert fuse(net(lora_dropout=0.1)) == 0
+
+
+def test_merged_layers_give_the_same_outputs_for_as_long_as_the_context_lasts(tiny_model_path: Path) -> None:
+    lm = adapted(tiny_model_path)
+    with torch.no_grad():
+        before = lm.model(input_ids=IDS).logits
+        with merged(lm.model):
+            inside = lm.model(input_ids=IDS).logits
+            with lm.base_only():
+                base = lm.model(input_ids=IDS).logits
+        after = lm.model(input_ids=IDS).logits
+    torch.testing.assert_close(inside, before, rtol=0, atol=1e-5)
+    assert not torch.equal(inside, before)  # another order of sums: the merged weights were used
+    assert torch.equal(after, before)
+    assert float((base - before).abs().max()) > 1e-2
+
+
+def test_nothing_is_merged_in_bfloat16(tiny_model_path: Path) -> None:
+    lm = adapted(tiny_model_path, dtype="bfloat16")
+    with torch.no_grad():
+        before = lm.model(input_ids=IDS).logits
+        with merged(lm.model):
+            assert torch.equal(lm.model(input_ids=IDS).logits, before)
