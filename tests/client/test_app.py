@@ -247,7 +247,9 @@ def test_a_config_that_is_not_what_it_says_is_refused(folder: Path, run: RunConf
     assert isinstance(reply, Failure) and reply.code == code
 
 
-def test_another_model_dictionary_or_prompt_than_promised_is_refused(folder: Path, run: RunConfig, round_zero: GlobalModel):
+def test_another_model_dictionary_or_prompt_than_promised_is_refused(
+    folder: Path, run: RunConfig, round_zero: GlobalModel
+):
     other = round_zero.full.copy()
     other[0] += 1  # a value of the frozen A
     foreign = Manifest(round_zero.manifest.specs, "another base", "ffa")
