@@ -166,6 +166,16 @@ def test_everything_that_leaves_is_in_the_ledger_with_its_size_and_digest(
     assert Site.open(folder / "site.toml").ledger.verify() == 3
 
 
+def test_what_a_kill_left_half_written_is_gone_after_the_next_roll_call(
+    folder: Path, run: RunConfig, round_zero: GlobalModel
+):
+    ask(folder, warm(folder, run, round_zero))
+    left = folder / "state" / "runs" / RUN / ".update-00001.record.4711.tmp"
+    left.write_bytes(b"half")
+    ask(folder, warm(folder, run, round_zero))
+    assert not left.exists()
+
+
 def test_state_is_for_the_site_only(folder: Path, run: RunConfig, round_zero: GlobalModel):
     ask(folder, warm(folder, run, round_zero))
     assert (folder / "state").stat().st_mode & 0o777 == 0o700
