@@ -12,6 +12,8 @@ What must last is in the state folder (mode 0700), because a new process may ser
     state/runs/<run id>/schema.json      the published schema
     state/runs/<run id>/update-*.record  the update of a round (client/update.py)
     state/runs/<run id>/test.record      the reply to evaluate: test patients are scored once
+    state/runs/<run id>/inputs.record    what every round was trained from
+    state/runs/<run id>/report.html      this site's own results and samples (client/local_report.py)
     state/runs/<run id>/adapter/         the final adapter, in peft's format
 
 Everything is read when it is needed and kept no longer than one message: thirty-two simulated sites in one process need

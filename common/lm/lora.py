@@ -62,7 +62,7 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     # trl keeps a second adapter as its reference model; that, and everything else but the plain case, is peft's.
     if layer.disable_adapters or layer.merged or layer.active_adapters != ["default"] or args or kwargs:
         return type(layer).forward(layer, x, *args, **kwargs)
-    if layer in _MERGED:
+    if layer in _MERGED and not torch.is_grad_enabled():  # the merged weights know nothing of A and B
         return F.linear(x, _MERGED[layer], base.bias)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -14,8 +14,8 @@ import torch
 from ..errors import ModelError
 from .models import LanguageModel
 
-# In bfloat16 a CPU rearranges the weights at every pass, which is worth it for many tokens only (SmolLM2, two cores:
-# 2.2 questions a second with 1,024 tokens, 5.3 with 2,560); in float32 larger parts are no faster.
+# In bfloat16 a CPU rearranges the weights at every pass, which is worth it for many tokens only (about twice as many
+# questions a second with 2,560 tokens as with 1,024, on a shared machine); in float32 larger parts are no faster.
 _CPU_TOKENS = {torch.bfloat16: 2560, torch.float32: 1024}
 _FREE_SHARE = 0.6  # of the free memory; the rest is for gradients, attention scores and fragments
 _MOST_TOKENS = 65_536
