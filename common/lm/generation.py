@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..question import LETTERS, PromptTemplate, parse_answer
@@ -27,6 +28,7 @@ from .models import LanguageModel
 from .prefix import SharedPrefix, option_log_softmax, token_log_probs
 from .scoring import option_token_ids
 
+_DRAW_BLOCK = 256  # tokens whose probabilities are added up together when one is drawn
 _MERGE_FROM = 16  # tokens a completion from which merging the adapter pays
 
 
@@ -214,11 +216,25 @@ def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         int64 (n, k), token indices.
     """
-    below = log_probs.exp().cumsum(1, dtype=torch.float64)
-    total = below[:, -1:]
-    # The product may round up to the whole mass; the last token with any mass is then the one meant.
-    wanted = torch.minimum(uniform.to(total.device) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(below, wanted, right=True)
+    mass = F.pad(log_probs.exp(), (0, -log_probs.shape[1] % _DRAW_BLOCK)).unflatten(1, (-1, _DRAW_BLOCK))
+    # First the block, then the token in it: a running sum over the whole vocabulary would take longer than the rest.
+    blocks = mass.sum(2, dtype=torch.float64).cumsum(1)
+    block, wanted = _first_above(blocks, uniform.to(blocks.device) * blocks[:, -1:])
+    before = F.pad(blocks, (1, 0)).gather(1, block)
+    rows = torch.arange(len(mass), device=mass.device)[:, None]
+    tokens = mass[rows, block].cumsum(2, dtype=torch.float64)  # (n, k, _DRAW_BLOCK)
+    token, _ = _first_above(tokens, (wanted - before)[..., None])
+    return block * _DRAW_BLOCK + token[..., 0]
+
+
+def _first_above(sums: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Places in running sums of the first above each wanted value, and the values, below the last sum if they were not.
+
+    A product or a difference may round up to the whole mass; the last place with any mass is then the one meant.
+    """
+    last = sums[..., -1:]
+    wanted = torch.minimum(wanted, torch.nextafter(last, torch.zeros_like(last)))
+    return torch.searchsorted(sums, wanted, right=True), wanted
 
 
 def _choose(log_probs: Tensor, uniform: Tensor | None) -> tuple[list[int], list[float]]:

@@ -204,6 +204,18 @@ def test_draw_never_takes_a_token_of_probability_zero():
     assert draw(log_probs, uniform).tolist() == [[1, 1, 3, 3]]
 
 
+def test_draw_inverts_the_distribution_function_over_a_whole_vocabulary():
+    generator = torch.Generator().manual_seed(3)
+    log_probs = torch.log_softmax(6 * torch.randn(5, 1000, generator=generator), 1)
+    log_probs[:, 100:600] = float("-inf")  # a whole block without mass
+    uniform = torch.rand(5, 400, generator=generator, dtype=torch.float64)
+    below = log_probs.double().exp().cumsum(1)
+    expected = torch.searchsorted(below, uniform * below[:, -1:], right=True)
+    drawn = draw(log_probs, uniform)
+    assert (drawn != expected).sum() <= 1  # a number may lie between two roundings of one boundary
+    assert log_probs.gather(1, drawn).isfinite().all()
+
+
 def test_token_log_probs_have_the_gradient_of_log_softmax(lm):
     base = lm.model.get_base_model()
     hidden = torch.randn(700, base.config.hidden_size, generator=torch.Generator().manual_seed(1), requires_grad=True)
