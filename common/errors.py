@@ -9,7 +9,8 @@
     │   └── RunFolderError       run folder: another run's, changed config, no disk
     ├── ProtocolError            a wire message that is not what the protocol says
     ├── RefusedError             this site's policy says no
-    └── VerificationError        a digest, signature or round trip does not match
+    ├── VerificationError        a digest, signature or round trip does not match
+    └── SumError                 a secure sum that must not go on; `code` is the check that failed
 
 What leaves a site in place of an exception is `code`, an enumerated word, never the text: texts may hold what a
 patient's row held, and Flower sends `str(exception)` to the coordinator.
@@ -76,3 +77,38 @@ class VerificationError(WardroundError):
     """A digest, signature or round trip does not match what was promised."""
 
     code = "verification"
+
+
+class SumError(WardroundError):
+    """A check of a secure sum failed (docs/secure-sums.md); nothing was released.
+
+    Attributes:
+        code: the failure word of the specification's tables, one of `WORDS`.
+    """
+
+    WORDS = frozenset(
+        {
+            "malformed",
+            "unknown-member",
+            "signature",
+            "other-roster",
+            "other-config",
+            "other-model",
+            "other-input",
+            "other-sum",
+            "own-keys",
+            "repeated-key",
+            "threshold",
+            "share",
+            "survivors",
+            "difference",
+            "out-of-turn",
+            "restored",
+        }
+    )
+
+    def __init__(self, code: str, text: str) -> None:
+        if code not in self.WORDS:
+            raise ValueError(f"'{code}': not a failure word of docs/secure-sums.md")
+        super().__init__(f"{code}: {text}")
+        self.code = code
