@@ -8,6 +8,7 @@ difference away.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import struct
 from collections.abc import Callable, Collection, Sequence
@@ -271,7 +272,7 @@ class KeyList:
             )
         adverts = tuple(Advert.from_bytes(data[i * Advert.BYTES : (i + 1) * Advert.BYTES]) for i in range(n))
         ids = [advert.id for advert in adverts]
-        if any(first >= second for first, second in zip(ids, ids[1:], strict=False)):
+        if any(first >= second for first, second in itertools.pairwise(ids)):
             raise SumError("malformed", "key list: expected ids in ascending order, none twice")
         if not 1 <= threshold <= n:
             raise SumError("malformed", f"key list: expected a threshold of 1 to {n}, got {threshold}")
@@ -363,7 +364,7 @@ def check_threshold(n: int, threshold: int, verified: int, colluders: int, min_s
         SumError: "threshold".
     """
     against = colluders + n - verified
-    if not (MIN_MEMBERS <= n and threshold <= n and 2 * threshold > n + against and threshold - against >= 2):
+    if not (n >= MIN_MEMBERS and threshold <= n and 2 * threshold > n + against and threshold - against >= 2):
         raise SumError(
             "threshold",
             f"{n} members of which {verified} are verified, t = {threshold}, c = {colluders}: expected t ≤ n, "
