@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,12 +18,27 @@ from types import NoneType
 from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NAME = r"[A-Za-z0-9._-]{1,64}"  # of a run and of a site: safe in a path, in a log and on a page
+
+
+def plain_fingerprint(text: str) -> str:
+    """A fingerprint (secure-sums.md §S2) as people write it, without spaces and in capitals.
+
+    Raises:
+        ValueError: it is not 32 characters of base32.
+
+    >>> plain_fingerprint("abcd efgh ijkl mnop qrst uvwx yz23 4567")
+    'ABCDEFGHIJKLMNOPQRSTUVWXYZ234567'
+    """
+    plain = "".join(text.split()).upper()
+    if not re.fullmatch("[A-Z2-7]{32}", plain):
+        raise ValueError(f"fingerprint: expected 8 groups of 4 of A-Z and 2-7, got {len(plain)} characters")
+    return plain
 
 
 class Frozen(BaseModel):
@@ -250,6 +266,20 @@ class PolicyConfig(Frozen):
     allowed_models: tuple[str, ...] = ()  # digests; empty: any
     targets_never_asked: tuple[str, ...] = ()
     share_samples: bool = False  # sample questions may enter the coordinator's report; public registries only
+    # Secure sums (secure-sums.md §S3): the fewest hospitals, verified by this one, whose sum it takes part in, and how
+    # many hospitals that collude with the coordinator it wants to withstand.
+    min_sites: Annotated[int, Field(ge=3)] = 3
+    colluders: Annotated[int, Field(ge=1)] = 1
+
+
+class IdentityConfig(Frozen):
+    """`[identity]` in site.toml: which roster this hospital pinned, and whom it verified (secure-sums.md §S2)."""
+
+    roster: str = "roster.json"  # signed by the coordinator; relative to site.toml
+    roster_digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None  # None: nothing is pinned yet
+    # Fingerprints that this hospital compared with those hospitals itself; spaces and case are ignored.
+    verified: tuple[Annotated[str, AfterValidator(plain_fingerprint)], ...] = ()
+    passphrase_file: str | None = None  # mode 0600; the environment variable WARDROUND_PASSPHRASE goes first
 
 
 class MappingConfig(Frozen):
@@ -269,6 +299,7 @@ class SiteConfig(Frozen):
     state: str = "state"  # folder for what must survive a restart; mode 0700
     split_key: str | None = None  # hex; None: 32 random bytes made once in the state folder
     policy: PolicyConfig = PolicyConfig()
+    identity: IdentityConfig = IdentityConfig()
     mapping: MappingConfig = MappingConfig()
 
 
