@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .identity_cli import card, roster, rotate
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -31,6 +33,10 @@ _SITE_HELP = "This hospital's site.toml: its own column names, units and level c
 @click.group(context_settings=_SETTINGS)
 def client() -> None:
     """One hospital: its registry, dictionary and questions; the final model it gets from a run."""
+
+
+for command in (card, roster, rotate):
+    client.add_command(command)
 
 
 def _mapping(site: Path | None) -> MappingConfig:

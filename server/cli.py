@@ -7,12 +7,17 @@ from pathlib import Path
 
 import click
 
+from .roster_cli import roster
+
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 @click.group(context_settings=_SETTINGS)
 def server() -> None:
     """The coordinator: public warm-up, rounds, final model, report."""
+
+
+server.add_command(roster)
 
 
 @server.command(epilog="Example: wardround server warmup demo --out adapters --set warmup.steps=160")
