@@ -135,7 +135,8 @@ class FixedPoint:
         scratch = np.empty(min(BLOCK_VALUES, ring.size), np.float64)
         for block in blocks(ring.size):
             values = scratch[: block.stop - block.start]
-            np.multiply(signed[block], self.max_weight, out=values)
+            np.copyto(values, signed[block])  # exact; whole numbers multiply in int32 otherwise, and overflow
+            values *= self.max_weight
             values /= self.scale * total_weight
             result[block] = values
         return result
