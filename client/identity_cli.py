@@ -164,7 +164,7 @@ def pin(file: Path, site: Path, coordinator: str | None) -> None:
                 ) from None
             offered.check_follows(before, coordinator)
     kept = _keep(keys.folder, offered)
-    for line in _lines(offered, own.id, settings.verified):
+    for line in _lines(offered, mine, settings.verified):
         click.echo(line)
     if before is None:
         told = "is the one you named" if coordinator is not None else "is to be compared by telephone"

@@ -59,8 +59,8 @@ def read_secret(path: Path, what: str) -> bytes:
         raise ConfigError(f"{path}: no such file: {what}") from None
     except OSError as error:
         raise ConfigError(f"{path}: {what}: cannot be read: {(error.strerror or '').lower()}") from None
-    with os.fdopen(handle, "rb") as file:
-        status = os.fstat(file.fileno())
+    try:
+        status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise ConfigError(f"{path}: {what}: expected a file")
         if status.st_uid not in (os.geteuid(), 0):
@@ -68,7 +68,9 @@ def read_secret(path: Path, what: str) -> bytes:
         if status.st_mode & 0o077:
             mode = stat.S_IMODE(status.st_mode)
             raise ConfigError(f"{path}: {what}: others may use it (mode {mode:04o}): call `chmod 600 {path}`")
-        data = file.read(_MAX_BYTES + 1)
+        data = os.read(handle, _MAX_BYTES + 1)
+    finally:
+        os.close(handle)
     if len(data) > _MAX_BYTES:
         raise ConfigError(f"{path}: {what}: expected at most {_MAX_BYTES} bytes")
     return data
