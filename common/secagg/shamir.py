@@ -115,16 +115,17 @@ def reconstruct(
     one try is enough, any one wrong share costs at most t + 1, any two at most 1 + t + (t + 1)t/2; and with enough
     tries every subset comes up once. A secret of 2^256 or more is none of ours and is never given to `accept`.
 
-    Formal Guarantees: what is returned satisfied `accept`. Of m shares with at most (m − t + 1) / 2 wrong ones, exactly
-    the wrong ones are named, once the tries reach t right ones: two polynomials of degree below t that share the secret
-    and t − 1 points are one, so a first fit that has more off it (liars whose errors cancel at 0) is not believed and
-    the search goes on. With more wrong ones, the fit with the fewest off it is returned; those named contradict it, and
-    may be honest.
+    Formal Guarantees: what is returned satisfied `accept`. If `accept` holds for one secret only, and of m shares at
+    most (m − t + 1) / 2 are wrong, exactly the wrong ones are named, once the tries reach t right ones: two polynomials
+    of degree below t that share the secret and t − 1 points are one, so a first fit that has more off it (liars whose
+    errors cancel at 0) is not believed and the search goes on. Else the fit with the fewest off it is returned; those
+    named contradict it, and may be honest.
 
     Args:
         points: x → share, x from 1; any number of them.
         threshold: t.
-        accept: whether a secret below 2^256 is the one that was committed to.
+        accept: whether a secret below 2^256 is the one that was committed to. A public key says it only of a clamped
+            X25519 key: 32 integers have the same one.
         most_tries: subsets to try.
         suspects: x's to use last; those named for another secret, usually.
 
