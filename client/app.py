@@ -18,15 +18,20 @@ from ..common.errors import WardroundError
 from ..common.messages import (
     HEAD_RECORD,
     VECTOR_RECORD,
-    CollectInstruction,
     CountInstruction,
     EvaluateInstruction,
     FinalizeInstruction,
     Instruction,
+    MaskInstruction,
     SchemaInstruction,
+    SharesInstruction,
+    SurvivorsInstruction,
     TrainInstruction,
+    UnmaskInstruction,
     ValidateInstruction,
     WarmupInstruction,
+    dtypes_of,
+    kind_of,
 )
 from .gate import respond
 
@@ -45,7 +50,10 @@ def unpack(content: RecordDict) -> tuple[bytes, dict[str, bytes]]:
 
 def pack(head: bytes, vectors: Mapping[str, bytes]) -> RecordDict:
     """A Flower message's content from head and vectors."""
-    arrays = {name: Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data) for name, data in vectors.items()}
+    arrays = {
+        name: Array(dtype=str(dtype), shape=(len(vectors[name]) // dtype.itemsize,), stype=STYPE, data=vectors[name])
+        for name, dtype in dtypes_of(kind_of(head)).items()
+    }
     return RecordDict({HEAD_RECORD: ConfigRecord({"head": head}), VECTOR_RECORD: ArrayRecord(arrays)})
 
 
@@ -82,10 +90,28 @@ def train(message: Message, context: Context) -> Message:
     return _answer(message, context, TrainInstruction)
 
 
-@app.query("collect")
-def collect(message: Message, context: Context) -> Message:
-    """The stored update."""
-    return _answer(message, context, CollectInstruction)
+@app.query("shares")
+def shares(message: Message, context: Context) -> Message:
+    """Everybody's keys for a secure sum."""
+    return _answer(message, context, SharesInstruction)
+
+
+@app.query("mask")
+def mask(message: Message, context: Context) -> Message:
+    """Sealed shares; asks for the masked vector."""
+    return _answer(message, context, MaskInstruction)
+
+
+@app.query("survivors")
+def survivors(message: Message, context: Context) -> Message:
+    """Who is in the sum."""
+    return _answer(message, context, SurvivorsInstruction)
+
+
+@app.query("unmask")
+def unmask(message: Message, context: Context) -> Message:
+    """Everybody's agreement to who is in the sum."""
+    return _answer(message, context, UnmaskInstruction)
 
 
 @app.evaluate("validate")

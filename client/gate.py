@@ -17,21 +17,24 @@ from typing import Any
 
 from ..common.errors import WardroundError
 from ..common.messages import (
-    CollectInstruction,
     CountInstruction,
     EvaluateInstruction,
     Failure,
     FinalizeInstruction,
     Instruction,
+    MaskInstruction,
     Reply,
     SchemaInstruction,
+    SharesInstruction,
+    SurvivorsInstruction,
     TrainInstruction,
+    UnmaskInstruction,
     ValidateInstruction,
     WarmupInstruction,
     join,
     split,
 )
-from . import policy, site
+from . import policy, sharing, site
 from .folder import Site, config_of, is_run_id
 
 Wire = tuple[bytes, dict[str, bytes]]
@@ -41,10 +44,13 @@ WORK: dict[type[Instruction], Callable[[Site, Any], Reply]] = {
     CountInstruction: site.count_registry,
     SchemaInstruction: site.take_schema,
     TrainInstruction: site.train,
-    CollectInstruction: site.collect,
     ValidateInstruction: site.validate,
     EvaluateInstruction: site.evaluate,
     FinalizeInstruction: site.finalize,
+    SharesInstruction: sharing.shares,
+    MaskInstruction: sharing.mask,
+    SurvivorsInstruction: sharing.survivors,
+    UnmaskInstruction: sharing.unmask,
 }
 
 

@@ -3,10 +3,10 @@
 Run by the site. Enters: the coordinator's config and the reply that is about to leave. Leaves: nothing; it only says
 no, by raising `RefusedError`. A coordinator can never loosen a limit: nothing here reads a permission from a message.
 
-Fail closed: what is not on the list of replies does not leave; a demand that is not understood is refused. As long as
-updates and counts travel unmasked (`secure_aggregation = "none"`), only a simulated site of a public
-registry takes part in anything at all. Not enforced here yet: budgets of differential privacy, hours of the day,
-opted-out patients.
+Fail closed: what is not on the list of replies does not leave; a demand that is not understood is refused. Without
+secure aggregation (`secure_aggregation = "none"`) only a simulated site of a public registry takes part in anything at
+all. `min_sites` and `colluders` are enforced where sums are agreed to (common/secagg/client_state.py). Not enforced
+here yet: budgets of differential privacy, hours of the day, opted-out patients.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from ..common.config import PolicyConfig, RunConfig
 from ..common.dictionary import Dictionary
 from ..common.errors import ConfigError, RefusedError
 from ..common.messages import (
-    CollectReply,
-    CountReply,
     EvaluateReply,
     Failure,
     FinalizeReply,
     Instruction,
+    KeysReply,
+    MaskedReply,
     Reply,
     SchemaReply,
-    TrainReply,
-    ValidateReply,
+    SharesReply,
+    SurvivorsReply,
+    UnmaskReply,
     WarmupReply,
 )
 
@@ -34,13 +35,14 @@ NO_SAMPLES = "[]"
 
 # What each reply is for, as the ledger says it. A reply that is not here does not leave.
 PURPOSE: dict[type[Reply], str] = {
-    WarmupReply: "confirm the round-0 adapter; declare the number of training patients",
-    CountReply: "counts over the dictionary's bins, for the shared question schema",
+    WarmupReply: "confirm the round-0 adapter",
+    KeysReply: "public keys for a secure sum",
     SchemaReply: "confirm the question schema",
-    TrainReply: "statistics of local training: steps, questions, rewards",
-    CollectReply: "adapter update, unmasked (simulated sites of public registries only)",
-    ValidateReply: "number of validation questions answered right",
-    EvaluateReply: "counts of test questions answered right by base, warmed-up and final model",
+    EvaluateReply: "public keys for the secure sum of test results; samples of open registries only",
+    SharesReply: "shares of this site's keys for a secure sum, encrypted to the other sites",
+    MaskedReply: "a vector under masks: only the sum of a quorum can be read",
+    SurvivorsReply: "signature over who is in a secure sum",
+    UnmaskReply: "shares that unmask the sum of those who signed",
     FinalizeReply: "confirm the final adapter",
     Failure: "an error code",
 }
@@ -59,7 +61,7 @@ def check_instruction(
     federation = config.federation
     if federation.secure_aggregation == "none" and not (policy.simulated and dictionary.public):
         raise RefusedError(
-            "secure_aggregation = 'none' sends updates and counts unmasked: only a simulated site "
+            "secure_aggregation = 'none' adds updates and counts up in the clear: only a simulated site "
             f"(policy.simulated, here {policy.simulated}) of a public registry (here {dictionary.public}) does that"
         )
     _at_most("max_rounds", policy.max_rounds, federation.rounds)
@@ -138,8 +140,6 @@ def check_egress(policy: PolicyConfig, dictionary: Dictionary, reply: Reply, siz
     purpose = PURPOSE.get(type(reply))
     if purpose is None:
         raise RefusedError(f"a {type(reply).__name__} is not among the replies that may leave")
-    if isinstance(reply, CollectReply) and not (policy.simulated and dictionary.public):
-        raise RefusedError("an unmasked update leaves only a simulated site of a public registry")
     if isinstance(reply, EvaluateReply) and not shares_samples(policy, dictionary) and reply.samples != NO_SAMPLES:
         raise RefusedError(f"sample questions do not leave: expected samples {json.dumps(NO_SAMPLES)}, got some")
     _at_most("max_upload_bytes", policy.max_upload_bytes, sent_bytes + size_bytes)

@@ -4,7 +4,9 @@ Run by the site; called by client/gate.py, which decides whether a reply leaves.
 names, and an instruction that says everything else. Leaves: nothing from here. Private: the registry, its questions,
 the stored update. Torch is imported only by the phases that run the model.
 
-Draws are streams of (run seed, purpose, site name, round), common/seeds.py: the same instruction gives the same reply.
+What is computed of patients stays here as a payload (client/payload.py); the reply says only that it is there, with the
+keys for adding it up (client/sharing.py). Draws are streams of (run seed, purpose, site name, round), common/seeds.py:
+the same instruction gives the same payload.
 """
 
 from __future__ import annotations
@@ -17,35 +19,31 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..common import sums
 from ..common.counts import count
 from ..common.errors import RefusedError, RegistryError, VerificationError
 from ..common.files import private_folder, read_record, sweep, write_atomic, write_record
 from ..common.global_model import GlobalModel
 from ..common.messages import (
-    CollectInstruction,
-    CollectReply,
     CountInstruction,
-    CountReply,
     EvaluateInstruction,
     EvaluateReply,
     FinalizeInstruction,
     FinalizeReply,
     Instruction,
+    KeysReply,
     SchemaInstruction,
     SchemaReply,
     TrainInstruction,
-    TrainReply,
     ValidateInstruction,
-    ValidateReply,
     WarmupInstruction,
     WarmupReply,
-    decode,
-    encode,
 )
 from ..common.question import LETTERS, Question
+from ..common.secagg.keys import COUNTS, TEST, UPDATE, VALIDATION
 from ..common.seeds import derive_seed
 from ..common.statistics import Tally
-from . import local_report, policy, update
+from . import local_report, payload, policy, sharing, update
 from .folder import Site, SiteRun, TrainingPatients, parse_manifest, parse_schema
 
 if TYPE_CHECKING:
@@ -76,24 +74,32 @@ def warm_up(site: Site, instruction: WarmupInstruction) -> WarmupReply:
             f"prompt '{run.config.model.prompt}': the run's is {instruction.prompt_digest[:12]}…, "
             f"here {run.template.digest()[:12]}…"
         )
-    patients = len(site.patients_of("train"))
-    if patients == 0:
+    if not site.patients_of("train"):
         raise RegistryError("no training patient")
     sweep(private_folder(run.folder))
     write_record(run.folder / "round-0.record", {"manifest": instruction.manifest}, {"vector": instruction.vector})
-    return WarmupReply(
-        **run.head, model_digest=model.digest, dictionary_digest=site.dictionary.digest(), patients=patients
-    )
+    return WarmupReply(**run.head, model_digest=model.digest, dictionary_digest=site.dictionary.digest())
 
 
-def count_registry(site: Site, instruction: CountInstruction) -> CountReply:
-    """Counts of training patients over the dictionary's bins."""
+def count_registry(site: Site, instruction: CountInstruction) -> KeysReply:
+    """Counts training patients over the dictionary's bins, for the secure sum of all sites' counts."""
     run = SiteRun(site, instruction)
     if instruction.dictionary_digest != site.dictionary.digest():
         raise VerificationError("dictionary: not the one that the counts were asked over")
-    rows = site.splits["train"]
-    values = {name: column[rows] for name, column in site.registry.values.items()}
-    return CountReply(**run.head, counts=count(values, site.dictionary).to_vector())
+    if instruction.model_digest != run.round_zero.digest:
+        raise VerificationError("model: counts belong to the round-0 adapter, and this is another digest")
+    inputs = sums.input_digest(instruction.dictionary_digest)
+
+    def work() -> payload.Payload:
+        rows = site.splits["train"]
+        counts = count({name: column[rows] for name, column in site.registry.values.items()}, site.dictionary)
+        ring, most = counts.to_vector(), sums.count_limit(run.config)
+        if ring.max() > most:
+            raise RegistryError(f"more than {most} patients in a bin: lower federation.max_sites")
+        tail = np.array([len(site.patients_of("train"))], np.int64)
+        return payload.Payload(instruction.model_digest, inputs, ring.astype(np.uint32), tail)
+
+    return _offered(run, COUNTS, instruction.attempt, inputs, work)
 
 
 def take_schema(site: Site, instruction: SchemaInstruction) -> SchemaReply:
@@ -107,7 +113,7 @@ def take_schema(site: Site, instruction: SchemaInstruction) -> SchemaReply:
     return SchemaReply(**run.head, schema_digest=schema.digest())
 
 
-def train(site: Site, instruction: TrainInstruction) -> TrainReply:
+def train(site: Site, instruction: TrainInstruction) -> KeysReply:
     """One local GRPO round. An identical repeat answers from disk; another one for the same or an older round is
     refused.
     """
@@ -119,7 +125,8 @@ def train(site: Site, instruction: TrainInstruction) -> TrainReply:
         update.store(run.folder, instruction.round_index, stored)
     elif stored.input_digest != wanted:
         raise RefusedError(f"round {instruction.round_index}: already trained from another model, config or schema")
-    return TrainReply(**run.head, **stored.statistics, reward_histogram=stored.histogram)
+    given = payload.require(run.folder, instruction.round_index, UPDATE)
+    return KeysReply(**run.head, advert=sharing.offer(run, UPDATE, instruction.attempt, given))
 
 
 def _train(run: SiteRun, instruction: TrainInstruction, input_digest: str) -> update.StoredUpdate:
@@ -145,43 +152,45 @@ def _train(run: SiteRun, instruction: TrainInstruction, input_digest: str) -> up
         round_index=index,
         on_step=tell,
     )
+    federation = run.config.federation
+    values = {
+        "weight": min(source.n_patients, federation.max_weight) if federation.weighting == "patients" else 1,
+        "clipped": 0,
+        "steps": result.steps,
+        "questions": result.questions,
+        "completions": result.completions,
+        "reward": round(result.reward_sum * sums.REWARD_UNIT),
+        "boxed": result.boxed,
+        "completion_tokens": result.completion_tokens,
+    }
+    tail = [*(int(values[name]) for name in sums.UPDATE_TAIL), *map(int, result.reward_histogram)]
     return update.StoredUpdate(
         input_digest=input_digest,
         model_digest=instruction.model_digest,
-        weight=source.n_patients if run.config.federation.weighting == "patients" else 1,
+        inputs=sums.input_digest(instruction.schema_digest).hex(),
         delta=update.difference(result.vector, model.trainable),
-        statistics={
-            "steps": int(result.steps),
-            "questions": int(result.questions),
-            "completions": int(result.completions),
-            "reward_sum": float(result.reward_sum),
-            "boxed": int(result.boxed),
-            "completion_tokens": int(result.completion_tokens),
-            "seconds": float(result.seconds),
-        },
-        histogram=np.asarray(result.reward_histogram, np.int64),
+        tail=np.array(tail, np.int64),
     )
 
 
-def collect(site: Site, instruction: CollectInstruction) -> CollectReply:
-    """The stored update of this round."""
+def validate(site: Site, instruction: ValidateInstruction) -> KeysReply:
+    """Scores the global model on validation patients, for the secure sum of right answers."""
     run = SiteRun(site, instruction)
-    stored = update.load_for(run.folder, instruction.round_index, instruction.model_digest)
-    return CollectReply(**run.head, weight=stored.weight, delta=stored.delta)
+    inputs = sums.input_digest(instruction.schema_digest)
 
+    def work() -> payload.Payload:
+        model = run.global_model(instruction.vector, instruction.model_digest)
+        n = run.config.federation.validation_questions_per_site
+        questions, right = run.held_out("validation", run.schema(instruction.schema_digest), n), 0
+        if questions:
+            from .evaluation import evaluate_questions
 
-def validate(site: Site, instruction: ValidateInstruction) -> ValidateReply:
-    """Scores the global model on validation patients."""
-    run = SiteRun(site, instruction)
-    model = run.global_model(instruction.vector, instruction.model_digest)
-    n = run.config.federation.validation_questions_per_site
-    questions = run.held_out("validation", run.schema(instruction.schema_digest), n)
-    if not questions:
-        return ValidateReply(**run.head, questions=0, correct=0)
-    from .evaluation import evaluate_questions
+            outcomes = evaluate_questions(run.language_model(model), questions, run.template, run.config)
+            right = int(np.sum(outcomes.correct))
+        tail = np.array([len(questions), right], np.int64)
+        return payload.Payload(instruction.model_digest, inputs, np.zeros(0, np.uint32), tail)
 
-    outcomes = evaluate_questions(run.language_model(model), questions, run.template, run.config)
-    return ValidateReply(**run.head, questions=len(questions), correct=int(np.sum(outcomes.correct)))
+    return _offered(run, VALIDATION, instruction.attempt, inputs, work)
 
 
 def evaluate(site: Site, instruction: EvaluateInstruction) -> EvaluateReply:
@@ -193,13 +202,30 @@ def evaluate(site: Site, instruction: EvaluateInstruction) -> EvaluateReply:
         record = read_record(path)
         if record.values["input_digest"] != wanted:
             raise RefusedError("evaluate: test patients were already scored for another model")
-        return decode(record.vectors["reply"].tobytes(), EvaluateReply)
-    reply = _evaluate(run, instruction)
-    write_record(path, {"input_digest": wanted}, {"reply": np.frombuffer(encode(reply), np.uint8)})
-    return reply
+        samples = str(record.values["samples"])
+    else:
+        tally, samples = _evaluate(run, instruction)
+        inputs = sums.input_digest(instruction.schema_digest, instruction.warmup_digest)
+        given = payload.Payload(instruction.model_digest, inputs, np.zeros(0, np.uint32), tally.to_vector())
+        payload.store(run.folder, instruction.round_index, TEST, given)
+        write_record(path, {"input_digest": wanted, "samples": samples})
+    given = payload.require(run.folder, instruction.round_index, TEST)
+    advert = sharing.offer(run, TEST, instruction.attempt, given)
+    return EvaluateReply(**run.head, samples=samples, advert=advert)
 
 
-def _evaluate(run: SiteRun, instruction: EvaluateInstruction) -> EvaluateReply:
+def _offered(run: SiteRun, purpose: int, attempt: int, inputs: bytes, work: Callable[[], payload.Payload]) -> KeysReply:
+    """Does the work unless its result is on disk, and offers it to the secure sum."""
+    index = run.instruction.round_index
+    given = payload.load(run.folder, index, purpose)
+    if given is None or (given.model_digest, given.inputs) != (run.instruction.model_digest, inputs):
+        given = work()
+        payload.store(run.folder, index, purpose, given)
+    return KeysReply(**run.head, advert=sharing.offer(run, purpose, attempt, given))
+
+
+def _evaluate(run: SiteRun, instruction: EvaluateInstruction) -> tuple[Tally, str]:
+    """The tally of test questions, and the samples that may be shown, as JSON."""
     manifest = run.round_zero.manifest
     warmup, final = GlobalModel(manifest, instruction.warmup), GlobalModel(manifest, instruction.final)
     warmup.verify(instruction.warmup_digest)
@@ -207,7 +233,7 @@ def _evaluate(run: SiteRun, instruction: EvaluateInstruction) -> EvaluateReply:
     schema = run.schema(instruction.schema_digest)
     questions = run.held_out("test", schema, run.config.evaluation.questions_per_site)
     if not questions:
-        return EvaluateReply(**run.head, samples="[]", tally=Tally.empty(schema.names, EVALUATED).to_vector())
+        return Tally.empty(schema.names, EVALUATED), policy.NO_SAMPLES
     from .evaluation import evaluate_questions
 
     lm = run.language_model(warmup)
@@ -228,9 +254,7 @@ def _evaluate(run: SiteRun, instruction: EvaluateInstruction) -> EvaluateReply:
         answer_only=run.config.questions.reasoning_tokens == 0,
     )
     shared = policy.shares_samples(run.site.config.policy, run.site.dictionary)
-    return EvaluateReply(
-        **run.head, samples=json.dumps(samples, sort_keys=True) if shared else "[]", tally=tally.to_vector()
-    )
+    return tally, json.dumps(samples, sort_keys=True) if shared else policy.NO_SAMPLES
 
 
 def finalize(site: Site, instruction: FinalizeInstruction) -> FinalizeReply:

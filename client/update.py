@@ -1,8 +1,8 @@
 """One round's update at a site: new − old, checked, kept on the site's disk until it is collected.
 
-Run by the site. Enters: the trainable vectors before and after local training. Leaves (in the reply to `collect`, and
-only through policy and ledger): the difference. Private: the difference says things about patients; the file that holds
-it is in the state folder, mode 0700, and is removed when the round after the next one is stored.
+Run by the site. Enters: the trainable vectors before and after local training. Leaves, under masks and through
+policy and ledger: the difference (client/payload.py). Private: the difference says things about patients; the file that
+holds it is in the state folder, mode 0700, and is removed when the round after the next one is stored.
 
 Training and sending are two phases, so that a dead connection or a coordinator that resumes costs no second training,
 and so that a repeated instruction gets the identical update: two different answers for one round would let a
@@ -14,12 +14,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.errors import ProtocolError, RefusedError, VerificationError
+from ..common.errors import RefusedError, VerificationError
 from ..common.files import read_record, write_record
 
 Float32 = NDArray[np.float32]
@@ -32,18 +31,16 @@ class StoredUpdate:
     Attributes:
         input_digest: of everything the training depended on (run, round, config, model, schema).
         model_digest: the global model that training started from.
-        weight: of this site in the mean; 1, or the declared patients.
+        inputs: hexadecimal, `sums.input_digest` of what else it started from.
         delta: float32 (trainable,), new − old.
-        statistics: the training reply's scalar fields.
-        histogram: int64 (group_size + 1,), the training reply's reward histogram.
+        tail: int64, in the order of `sums.UPDATE_TAIL` and then the histogram of rewards.
     """
 
     input_digest: str
     model_digest: str
-    weight: int
+    inputs: str
     delta: Float32
-    statistics: dict[str, Any]
-    histogram: NDArray[np.int64]
+    tail: NDArray[np.int64]
 
 
 def difference(new: Float32, old: Float32) -> Float32:
@@ -90,10 +87,9 @@ def store(run_folder: Path, round_index: int, update: StoredUpdate) -> None:
         {
             "input_digest": update.input_digest,
             "model_digest": update.model_digest,
-            "weight": update.weight,
-            "statistics": update.statistics,
+            "inputs": update.inputs,
         },
-        {"delta": update.delta, "histogram": update.histogram},
+        {"delta": update.delta, "tail": update.tail},
     )
     for old in run_folder.glob("update-*.record"):
         # A coordinator that was killed before it wrote down the previous round may still collect that one.
@@ -114,25 +110,7 @@ def load(run_folder: Path, round_index: int) -> StoredUpdate | None:
     return StoredUpdate(
         record.values["input_digest"],
         record.values["model_digest"],
-        record.values["weight"],
+        record.values["inputs"],
         record.vectors["delta"],
-        record.values["statistics"],
-        record.vectors["histogram"],
+        record.vectors["tail"],
     )
-
-
-def load_for(run_folder: Path, round_index: int, model_digest: str) -> StoredUpdate:
-    """The stored update of a round that started from this model.
-
-    Raises:
-        ProtocolError: nothing was trained in this round, or from another model.
-        VerificationError: the file is damaged.
-    """
-    update = load(run_folder, round_index)
-    if update is None:
-        raise ProtocolError(f"collect: this site holds no update of round {round_index}")
-    if update.model_digest != model_digest:
-        raise ProtocolError(
-            f"collect: expected the update from model {model_digest[:12]}…, got {update.model_digest[:12]}…"
-        )
-    return update

@@ -142,13 +142,33 @@ class FederationConfig(Frozen):
     server_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     server_epsilon: Annotated[float, Field(gt=0)] = 1e-4  # τ: values that move by less in a round take smaller steps
     weighting: Literal["uniform", "patients"] = "uniform"
-    # With "bonawitz" a site sends masked integers only. "none" is refused by every site that is not simulated.
-    secure_aggregation: Literal["none"] = "none"
+    # "bonawitz": sites send masked integers only (docs/secure-sums.md). "none": a simulation adds up on its machine,
+    # without a message; for comparison only, and refused by every site that is not simulated.
+    secure_aggregation: Literal["bonawitz", "none"] = "bonawitz"
+    colluders: Annotated[int, Field(ge=1)] = 1  # c: hospitals that may collude with the coordinator; decides thresholds
+    max_sites: Annotated[int, Field(ge=3, le=1024)] = 64  # most sites of a sum: more make the fixed point coarser
+    update_range: Annotated[float, Field(gt=0)] = 1.0  # values of an update outside ± this are clipped
+    max_weight: Annotated[int, Field(ge=1)] = 100_000  # of a site, with weighting = "patients"; more patients count so
     validation_questions_per_site: Annotated[int, Field(ge=0)] = 40  # 0: no validation gate
     rollback_tolerance: Fraction = 0.02  # a round whose validation accuracy falls by more is rolled back
     patience: Annotated[int, Field(ge=1)] = 5  # rounds without a new best before stopping early
-    min_sites: Annotated[int, Field(ge=1)] = 2
+    min_sites: Annotated[int, Field(ge=1)] = 3
     phase_timeout_s: Annotated[float, Field(gt=0)] = 86400.0
+
+    @model_validator(mode="after")
+    def enough_sites_for_secure_sums(self) -> Self:
+        least = max(3, self.colluders + 2)
+        if self.secure_aggregation == "bonawitz" and not least <= self.min_sites <= self.max_sites:
+            raise ValueError(
+                f"secure_aggregation = 'bonawitz', colluders = {self.colluders}: expected min_sites from {least} to "
+                f"max_sites = {self.max_sites}, got {self.min_sites}"
+            )
+        return self
+
+    @property
+    def weight_limit(self) -> int:
+        """W, the largest weight that a site may have."""
+        return self.max_weight if self.weighting == "patients" else 1
 
     @property
     def eta(self) -> float:

@@ -24,7 +24,7 @@ from .errors import RunFolderError, VerificationError
 _MAGIC = b"WREC1\n"
 _LENGTH = struct.Struct("<I")
 _DIGEST_BYTES = 32
-_DTYPES = frozenset({"<f4", "<f8", "<i8", "|u1"})
+_DTYPES = frozenset({"<f4", "<f8", "<i8", "<u4", "|u1"})
 
 
 def private_folder(path: Path) -> Path:
@@ -96,7 +96,7 @@ def write_record(path: Path, values: Mapping[str, Any], vectors: Mapping[str, ND
     Args:
         path: the file.
         values: JSON values by name.
-        vectors: 1-D float32, float64, int64 or uint8 by name.
+        vectors: 1-D float32, float64, int64, uint32 or uint8 by name.
     """
     raw: dict[str, memoryview] = {}
     described: dict[str, tuple[str, int]] = {}

@@ -5,8 +5,9 @@ little-endian vectors whose length and SHA-256 stand in the head, so that the he
 Flower the head travels in a ConfigRecord and each vector as an Array of its own; on disk and in ledgers the two are
 one run of bytes. Decoding is strict: anything but the bytes that encoding would have made is a `ProtocolError`.
 
-What these messages do not do: hide anything. An update in `CollectReply` is readable by the coordinator, which is why
-every real site refuses to make one (client/policy.py).
+No message can carry an update, a weight or a count of one site: everything that says something of patients is a payload
+of a secure sum (docs/secure-sums.md), and leaves as the masked vector of `MaskedReply`, which only the sum of a quorum
+can be read from.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 
 from .errors import ProtocolError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAGIC = b"WARD"
 _PREFIX = struct.Struct("<4sHHI")  # magic, version, kind, length of the JSON header in bytes
 # Where a message's two parts lie in a Flower RecordDict.
@@ -34,7 +35,8 @@ MAX_VECTOR_VALUES = 2**32
 
 # A vector field: 1-D, little-endian, carried outside the JSON header.
 Float32 = Annotated[NDArray[np.float32], "<f4"]
-Int64 = Annotated[NDArray[np.int64], "<i8"]
+Uint32 = Annotated[NDArray[np.uint32], "<u4"]
+Uint8 = Annotated[NDArray[np.uint8], "|u1"]  # bytes whose layout docs/secure-sums.md gives
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,12 +103,11 @@ class WarmupInstruction(Instruction):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WarmupReply(Reply):
-    """The model digest that the site computed itself, and how many training patients it declares."""
+    """The model and dictionary digests that the site computed itself."""
 
     KIND: ClassVar[int] = 2
     model_digest: str
     dictionary_digest: str
-    patients: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -115,15 +116,19 @@ class CountInstruction(Instruction):
 
     KIND: ClassVar[int] = 3
     ROUTE: ClassVar[str] = "query.count"
+    attempt: int
     dictionary_digest: str
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CountReply(Reply):
-    """One-way and pairwise counts, flat."""
+class KeysReply(Reply):
+    """The work is done and its result is kept at the site; the site's keys for adding it up (secure-sums.md §S5).
+
+    `advert` is empty where a simulation adds up in the clear, on its own machine, without a message.
+    """
 
     KIND: ClassVar[int] = 4
-    counts: Int64
+    advert: Uint8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -149,44 +154,9 @@ class TrainInstruction(Instruction):
 
     KIND: ClassVar[int] = 7
     ROUTE: ClassVar[str] = "train.local"
+    attempt: int
     schema_digest: str
     vector: Float32
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TrainReply(Reply):
-    """Statistics of the local round; the update itself stays on the site's disk until it is collected.
-
-    `reward_sum` is over completions (or expected rewards, one a question, in exact mode); `reward_histogram[k]` counts
-    questions k of whose group were right.
-    """
-
-    KIND: ClassVar[int] = 8
-    steps: int
-    questions: int
-    completions: int
-    reward_sum: float
-    boxed: int
-    completion_tokens: int
-    seconds: float
-    reward_histogram: Int64
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class CollectInstruction(Instruction):
-    """Asks for the stored update of this round. `model_digest` is the model it must have started from."""
-
-    KIND: ClassVar[int] = 9
-    ROUTE: ClassVar[str] = "query.collect"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class CollectReply(Reply):
-    """The update, new − old trainable vector, in the clear: simulated sites of public registries only."""
-
-    KIND: ClassVar[int] = 10
-    weight: int
-    delta: Float32
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -195,17 +165,9 @@ class ValidateInstruction(Instruction):
 
     KIND: ClassVar[int] = 11
     ROUTE: ClassVar[str] = "evaluate.validate"
+    attempt: int
     schema_digest: str
     vector: Float32
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ValidateReply(Reply):
-    """How many validation questions were scored, and how many answered right."""
-
-    KIND: ClassVar[int] = 12
-    questions: int
-    correct: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -214,6 +176,7 @@ class EvaluateInstruction(Instruction):
 
     KIND: ClassVar[int] = 13
     ROUTE: ClassVar[str] = "evaluate.test"
+    attempt: int
     schema_digest: str
     warmup_digest: str
     warmup: Float32
@@ -222,11 +185,11 @@ class EvaluateInstruction(Instruction):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EvaluateReply(Reply):
-    """Counts (common/statistics.py `Tally`), flat; `samples` is JSON, and "[]" unless registry and policy are open."""
+    """As `KeysReply`; `samples` is JSON, and "[]" unless registry and policy are open."""
 
     KIND: ClassVar[int] = 14
     samples: str
-    tally: Int64
+    advert: Uint8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -247,25 +210,108 @@ class FinalizeReply(Reply):
     model_digest: str
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SumInstruction(Instruction):
+    """One exchange of one attempt of a secure sum; `purpose` is a number of secure-sums.md §S1."""
+
+    purpose: int
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SharesInstruction(SumInstruction):
+    """Everybody's keys (§S6)."""
+
+    KIND: ClassVar[int] = 17
+    ROUTE: ClassVar[str] = "query.shares"
+    threshold: int
+    key_list: Uint8
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SharesReply(Reply):
+    """Sealed shares, for each other member one (§S6)."""
+
+    KIND: ClassVar[int] = 18
+    ciphertexts: Uint8
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MaskInstruction(SumInstruction):
+    """Whose shares arrived, and what they sealed for this site (§S7)."""
+
+    KIND: ClassVar[int] = 19
+    ROUTE: ClassVar[str] = "query.mask"
+    recipients: Uint8
+    ciphertexts: Uint8
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MaskedReply(Reply):
+    """The site's vector under its masks (§S7): uniform by itself."""
+
+    KIND: ClassVar[int] = 20
+    masked: Uint32
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SurvivorsInstruction(SumInstruction):
+    """Whose vectors are in the sum (§S8)."""
+
+    KIND: ClassVar[int] = 21
+    ROUTE: ClassVar[str] = "query.survivors"
+    survivors: Uint8
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SurvivorsReply(Reply):
+    """The site's signature over them (§S8)."""
+
+    KIND: ClassVar[int] = 22
+    signature: Uint8
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class UnmaskInstruction(SumInstruction):
+    """The survivors' signatures (§S9)."""
+
+    KIND: ClassVar[int] = 23
+    ROUTE: ClassVar[str] = "query.unmask"
+    signers: Uint8
+    signatures: Uint8
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class UnmaskReply(Reply):
+    """One share for each recipient (§S9)."""
+
+    KIND: ClassVar[int] = 24
+    answer: Uint8
+
+
 INSTRUCTIONS: tuple[type[Instruction], ...] = (
     WarmupInstruction,
     CountInstruction,
     SchemaInstruction,
     TrainInstruction,
-    CollectInstruction,
     ValidateInstruction,
     EvaluateInstruction,
     FinalizeInstruction,
+    SharesInstruction,
+    MaskInstruction,
+    SurvivorsInstruction,
+    UnmaskInstruction,
 )
 REPLIES: tuple[type[Reply], ...] = (
     WarmupReply,
-    CountReply,
+    KeysReply,
     SchemaReply,
-    TrainReply,
-    CollectReply,
-    ValidateReply,
     EvaluateReply,
     FinalizeReply,
+    SharesReply,
+    MaskedReply,
+    SurvivorsReply,
+    UnmaskReply,
     Failure,
 )
 _KINDS: dict[int, type[WireMessage]] = {kind.KIND: kind for kind in (*INSTRUCTIONS, *REPLIES)}
@@ -287,6 +333,20 @@ def _layout(kind: type[WireMessage]) -> tuple[dict[str, type], dict[str, str]]:
 _LAYOUTS = {number: _layout(kind) for number, kind in _KINDS.items()}
 
 Expected = TypeVar("Expected", bound=WireMessage)
+
+
+def dtypes_of(kind: type[WireMessage]) -> dict[str, np.dtype[Any]]:
+    """Names and dtypes of a kind's vectors, in order.
+
+    >>> dtypes_of(MaskedReply)
+    {'masked': dtype('uint32')}
+    """
+    return {name: np.dtype(dtype) for name, dtype in _LAYOUTS[kind.KIND][1].items()}
+
+
+def kind_of(head: bytes) -> type[WireMessage]:
+    """What a well-formed head is the head of."""
+    return _KINDS[_PREFIX.unpack_from(head)[2]]
 
 
 def _canonical(header: Mapping[str, Any]) -> bytes:

@@ -7,7 +7,7 @@ Leaves: instructions, the same one to every site of a phase. Private: nothing of
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from flwr.serverapp import Grid, ServerApp
 from ..common.config import RunConfig, load_run
 from ..common.dictionary import Dictionary, load_dictionary
 from ..common.errors import ConfigError, ProtocolError
-from ..common.messages import HEAD_RECORD, VECTOR_RECORD, Failure, Instruction, Reply, join, split
+from ..common.messages import HEAD_RECORD, VECTOR_RECORD, Failure, Instruction, Reply, dtypes_of, join, split
+from ..common.roster import Roster
+from .aggregation import SecureSums, Sums
 from .journal import Journal, open_journal
-from .phases import Answer
+from .phases import Answer, Consortium
 from .run import run_all
 from .tracking import Progress, SilentProgress
 
@@ -45,33 +47,50 @@ class FlowerExchange:
         """Nodes that are connected now."""
         return sorted(self.grid.get_node_ids())
 
-    def ask(self, nodes: Sequence[int], instruction: Instruction) -> Iterator[Answer]:
+    def ask(self, instructions: Mapping[int, Instruction]) -> Iterator[Answer]:
         """One answer for every node: its reply, its failure, or silence when the deadline has passed."""
-        head, vectors = split(instruction)
-        size = len(head) + sum(len(data) for data in vectors.values())
-        arrays = {
-            name: Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data) for name, data in vectors.items()
-        }
-        content = RecordDict({HEAD_RECORD: ConfigRecord({"head": head}), VECTOR_RECORD: ArrayRecord(arrays)})
-        group, route = str(instruction.round_index), instruction.ROUTE
-        messages = [
-            Message(content, dst_node_id=node, message_type=route, group_id=group, ttl=self.timeout_s) for node in nodes
-        ]
-        pending = dict(zip(nodes, self.grid.push_messages(messages), strict=True))
-        del messages, content, arrays, vectors
+        sizes: dict[int, int] = {}
+        packed: dict[int, tuple[RecordDict, int]] = {}  # one instruction for all is packed once
+        messages: list[Message] = []
+        for node, instruction in instructions.items():
+            if id(instruction) not in packed:
+                packed[id(instruction)] = _pack(instruction)
+            content, sizes[node] = packed[id(instruction)]
+            messages.append(
+                Message(
+                    content,
+                    dst_node_id=node,
+                    message_type=instruction.ROUTE,
+                    group_id=str(instruction.round_index),
+                    ttl=self.timeout_s,
+                )
+            )
+        pending = dict(zip(instructions, self.grid.push_messages(messages), strict=True))
+        del messages, packed
         deadline, pause = time.monotonic() + self.timeout_s, _POLL_S[0]
         while pending:
             for node, message_id in list(pending.items()):
                 for message in self.grid.pull_messages([message_id]):
                     del pending[node]
-                    yield _answer(node, message, size)
+                    yield _answer(node, message, sizes[node])
             if pending and time.monotonic() >= deadline:
                 for node in pending:
-                    yield Answer(node, None, "silent", 0, size)
+                    yield Answer(node, None, "silent", 0, sizes[node])
                 return
             if pending:
                 time.sleep(pause)
                 pause = min(2 * pause, _POLL_S[1])
+
+
+def _pack(instruction: Instruction) -> tuple[RecordDict, int]:
+    """An instruction as a Flower message's content, and its size in bytes."""
+    head, vectors = split(instruction)
+    arrays = {
+        name: Array(dtype=str(dtype), shape=(len(data) // dtype.itemsize,), stype=STYPE, data=data)
+        for (name, data), dtype in zip(vectors.items(), dtypes_of(type(instruction)).values(), strict=True)
+    }
+    content = RecordDict({HEAD_RECORD: ConfigRecord({"head": head}), VECTOR_RECORD: ArrayRecord(arrays)})
+    return content, len(head) + sum(len(data) for data in vectors.values())
 
 
 def _answer(node: int, message: Message, bytes_down: int) -> Answer:
@@ -100,24 +119,30 @@ def run(
     out: Path,
     journal: Journal,
     *,
+    make_sums: Callable[[Consortium], Sums],
     split_key: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """A whole run over a Flower grid: `run_all`, which see."""
     exchange = FlowerExchange(grid, config.federation.phase_timeout_s)
+    progress = progress or SilentProgress()
     return run_all(
-        exchange, config, dictionary, out, journal, split_key=split_key, progress=progress or SilentProgress()
+        exchange, config, dictionary, out, journal, make_sums=make_sums, split_key=split_key, progress=progress
     )
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Entry under Flower: `run_config` names the config, the dictionary and the run folder on this machine."""
+    """Entry under Flower: `run_config` names config, dictionary, roster and run folder on this machine."""
     settings = context.run_config
-    for key in ("config", "dictionary", "out"):
+    for key in ("config", "dictionary", "roster", "out"):
         if not isinstance(settings.get(key), str):
             raise ConfigError(f"run config: expected '{key}', a path")
     config, out = load_run(Path(str(settings["config"]))), Path(str(settings["out"]))
     dictionary = load_dictionary(Path(str(settings["dictionary"])))
+    if config.federation.secure_aggregation != "bonawitz":
+        raise ConfigError("federation.secure_aggregation = 'none': only a simulation adds up in the clear")
+    file = Path(str(settings["roster"]))
+    roster = Roster.parse(file.read_bytes(), str(file))
     with open_journal(out, config, resume=bool(settings.get("resume", False))) as journal:
-        run(grid, config, dictionary, out, journal)
+        run(grid, config, dictionary, out, journal, make_sums=lambda consortium: SecureSums(consortium, roster))

@@ -1,6 +1,6 @@
 """The pooled result of the held-out evaluation: evaluation.json, the table on the terminal, the result in words.
 
-Run by the coordinator. Enters: the tallies of the sites (common/statistics.py): counts, no question, no answer. Leaves:
+Run by the coordinator. Enters: the sum of the sites' tallies (common/statistics.py): counts, no question. Leaves:
 evaluation.json and the report. Test patients are scored once, at the end of a run; settings are chosen on validation
 patients. Private: what counts say about few patients; nothing here adds noise.
 """
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import reduce
-from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,20 +23,9 @@ MODELS = ("base", "warmup", "final")  # the order of a run's tally
 LABELS = {"base": "base", "warmup": "warmed up", "final": "final", "majority": "majority option", "chance": "chance"}
 
 
-def pool(tallies: Sequence[Tally]) -> Tally:
-    """The tally of all sites' questions.
-
-    Raises:
-        ProtocolError: no tally, or tallies of other targets or models.
-    """
-    if not tallies:
-        raise ProtocolError("expected the tally of at least one site, got none")
-    return reduce(add, tallies)
-
-
-def evaluate(tallies: Sequence[Tally], sections: Mapping[str, str], n_bootstrap: int, seed: int) -> dict[str, Any]:
-    """The content of evaluation.json from the sites' tallies; `sections` maps each target to its section."""
-    return {**summarise(pool(tallies), sections, n_bootstrap, seed), "sites": len(tallies)}
+def evaluate(tally: Tally, sites: int, sections: Mapping[str, str], n_bootstrap: int, seed: int) -> dict[str, Any]:
+    """The content of evaluation.json from the sum of the sites' tallies; `sections` maps each target to its section."""
+    return {**summarise(tally, sections, n_bootstrap, seed), "sites": sites}
 
 
 def write_evaluation(path: Path, evaluation: Mapping[str, Any]) -> None:

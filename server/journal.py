@@ -7,17 +7,16 @@ were sent anyway, names of sites.
     journal/warmup.record          round-0 adapter, manifest, warm-up report
     journal/schema.record          the question schema
     journal/baseline.record        validation of round 0
-    journal/round-00001-train.record     who trained, and their statistics
-    journal/round-00001-apply.record     the new global vector and the optimizer's state
+    journal/round-00001-apply.record     who is in the sum, statistics, the new vector, the optimizer's state
     journal/round-00001-validate.record  validation, the decision, the line of rounds.jsonl
-    journal/evaluate.record        the sites' test counts
+    journal/evaluate.record        the sum of the sites' test counts
     journal/finalize.record        the final adapter's digest, who has it
-    journal/cohort.record          training patients that sites declared
     journal/losses.record          who did not finish which phase, and the code
+    journal/*-attempt.record, *-sum.record, *-signed.record   a secure sum under way (server/aggregation.py)
 
-A phase whose file is there is complete and is not repeated; one whose file is missing is done again from the start.
-Sites answer a repeated instruction from their own disk, so that gives the same result; a mean update is added up again,
-in the order of arrival, which over a network may change its last bits (server/aggregation.py).
+A phase whose file is there is complete and is not repeated; one whose file is missing is done again from the start, a
+secure sum from where its survivors were fixed. Sites answer a repeated instruction from their own disk, and sums are of
+integers, so that gives the same result.
 """
 
 from __future__ import annotations
@@ -41,15 +40,15 @@ from ..common.files import Record, check_writable, read_record, sweep, sync_fold
 from ..common.question import load_prompt
 
 _RUN, _LOSSES = "run", "losses"
-_STEPS = ("train", "apply", "validate")  # of a round, in order
+_STEPS = ("apply", "validate")  # of a round, in order
 _ROUND = re.compile(r"round-(\d{5})-(\w+)")
 
 
 def round_phase(index: int, step: str) -> str:
     """The journal's name of a round's step.
 
-    >>> round_phase(1, "train")
-    'round-00001-train'
+    >>> round_phase(1, "apply")
+    'round-00001-apply'
     """
     return f"round-{index:05d}-{step}"
 

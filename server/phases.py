@@ -7,12 +7,12 @@ and no torch: `Exchange` is what server/app.py implements over a Flower grid.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from ..common.config import NAME, RunConfig
-from ..common.errors import ProtocolError, VerificationError
+from ..common.errors import ProtocolError, SumError, VerificationError
 from ..common.messages import Instruction, Reply
 from .cohort import Cohort
 from .journal import Journal
@@ -40,8 +40,8 @@ class Exchange(Protocol):
         """Nodes that are connected now."""
         ...
 
-    def ask(self, nodes: Sequence[int], instruction: Instruction) -> Iterator[Answer]:
-        """Exactly one answer for every node; silence after the deadline is an answer too."""
+    def ask(self, instructions: Mapping[int, Instruction]) -> Iterator[Answer]:
+        """Exactly one answer for every node, in their order if possible; silence after the deadline is one too."""
         ...
 
 
@@ -100,7 +100,7 @@ class Consortium:
         self,
         phase: str,
         nodes: Sequence[int],
-        instruction: Instruction,
+        instruction: Instruction | Mapping[int, Instruction],
         expected: type[Expected],
         take: Callable[[int, Expected], object],
         *,
@@ -114,25 +114,30 @@ class Consortium:
         Args:
             phase: its name.
             nodes: who is asked.
-            instruction: what.
+            instruction: what; by node where each is asked something else.
             expected: the kind of reply.
-            take: called with (node, reply); raises ProtocolError or VerificationError for one that cannot be used.
+            take: called with (node, reply); raises ProtocolError, VerificationError or SumError for one that cannot be
+                used.
             absent: sites that should be asked but are not there, noted as failures.
         """
         asked = {node: self.cohort.name_of(node) for node in nodes}
-        self.progress.begin(phase, instruction.round_index, list(asked.values()))
+        each = dict.fromkeys(nodes, instruction) if isinstance(instruction, Instruction) else instruction
+        round_index = next((one.round_index for one in each.values()), 0)
+        self.progress.begin(phase, round_index, list(asked.values()))
         result: PhaseResult[Expected] = PhaseResult(failures=dict.fromkeys(absent, "absent"))
-        for answer in self.exchange.ask(nodes, instruction):
+        for answer in self.exchange.ask(each):
             result.traffic.bytes_up += answer.bytes_up
             result.traffic.bytes_down += answer.bytes_down
             name, reply, code = asked[answer.node], answer.reply, answer.code
             if name not in self.cohort.nodes and reply is not None and _NAME.fullmatch(reply.site):
                 name = reply.site  # its first words; anything but a name is never shown
-            if not code and isinstance(reply, expected) and _fits(reply, instruction, name):
+            if not code and isinstance(reply, expected) and _fits(reply, each[answer.node], name):
                 try:
                     take(answer.node, reply)
                 except (ProtocolError, VerificationError):
                     code = ProtocolError.code
+                except SumError as error:
+                    code = error.code
             else:
                 code = code or ProtocolError.code
             if code:
@@ -144,7 +149,7 @@ class Consortium:
                 result.sites.append(name)
             self.progress.answered(phase, name, code)
         result.sites.sort()
-        self.journal.add_losses(phase, instruction.round_index, result.failures)
+        self.journal.add_losses(phase, round_index, result.failures)
         return result
 
     def ask(

@@ -70,6 +70,8 @@ def provenance(
         "kept_round": kept_round,
         "questions_trained": questions_trained,
         "secure_aggregation": config.federation.secure_aggregation,
+        "min_sites": config.federation.min_sites,
+        "colluders": config.federation.colluders,
         "differential_privacy": "none",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in _PACKAGES},
@@ -96,11 +98,19 @@ def commit() -> str | None:
 def protected(facts: Mapping[str, Any]) -> list[str]:
     """What held in this run, one sentence each."""
     samples = ", except sample questions of this open registry" if facts["public"] else ""
+    sentences: list[str] = []
+    if facts["secure_aggregation"] == "bonawitz":
+        sentences.append(
+            "Counts, updates, their weights and statistics, validation and test results left the sites under masks: the "
+            "coordinator could read sums over the sites that finished, at least "
+            f"{facts['min_sites']} each time, and nothing of one site, as long as at most {facts['colluders']} of the "
+            "hospitals that the others verified told it what they know (docs/secure-sums.md)."
+        )
     return [
+        *sentences,
         f"Patient rows, the questions made from them and the model's answers were read only by the site's own code"
-        f"{samples}. What a site sends is enumerated (its name and number of training patients, counts over the "
-        "dictionary's bins, statistics of local training, adapter updates, numbers of questions answered right, "
-        "digests and error codes), and the site's ledger has each message before it leaves.",
+        f"{samples}. What a site sends is enumerated (its name, public keys and encrypted shares, masked vectors, "
+        "signatures, digests and error codes), and the site's ledger has each message before it leaves.",
         "Each site checked its own policy before it worked and again before it answered; errors left as codes, never "
         "as texts.",
         "Each site compared the digest of the model it was given with the one the coordinator named, and the digest "
@@ -113,13 +123,14 @@ def not_protected(facts: Mapping[str, Any]) -> list[str]:
     sentences: list[str] = []
     if facts["secure_aggregation"] == "none":
         sentences.append(
-            "Updates and counts were not masked: the coordinator could read each site's own, and an update can give "
-            "away the texts it was trained on. Sites that are not simulations over a public registry refuse such a run."
+            "Updates and counts were added up in the clear, on one machine: there each site's own can be read, and an "
+            "update can give away the texts it was trained on. Sites that are not simulations over a public registry "
+            "refuse such a run."
         )
     if facts["differential_privacy"] == "none":
         sentences.append(
             "No patient-level guarantee: no noise was added to updates, counts or results (no differential privacy), "
-            "so the model may hold traces of single patients."
+            "so the sums and the model may hold traces of single patients."
         )
     sentences.append(
         "A site that sends a bad update on purpose is not detected; the validation gate only limits what it can do."

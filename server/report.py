@@ -70,7 +70,7 @@ def write_report(
         rounds: the objects of rounds.jsonl, in order.
         config: the run's.
         provenance: content of model/provenance.json.
-        run: content of run.json: sites with their patients, losses, warm-up report, validation of round 0, samples.
+        run: content of run.json: sites, their training patients in all, losses, warm-up, validation of round 0, samples.
         schema: content of schema.json.
     """
     if run["warmup"]["source"] == "none":
@@ -165,10 +165,9 @@ def _key_figures(
     provenance: Mapping[str, Any],
 ) -> list[tuple[str, str]]:
     took_part = [site for site in run["sites"].values() if site["rounds"]]
-    patients = sum(site["patients"] for site in took_part)
     return [
         (str(len(took_part)), "simulated sites" if provenance["simulated"] else "sites"),
-        (f"{patients:,}", "training patients"),
+        (f"{run['training_patients']:,}", "training patients"),
         (str(len(rounds)), "round" if len(rounds) == 1 else "rounds"),
         (f"{provenance['questions_trained']:,}", "questions trained"),
         (f"{evaluation['n']:,}", "questions scored"),

@@ -1,7 +1,7 @@
 """Setting sites up: the round-0 adapter and the question schema, to all of them first, to latecomers before each round.
 
 Run by the coordinator at the start of every process, also a resumed one: node ids may have changed, and a site may have
-missed something. Enters: who is there, and what they declare. Leaves: the two instructions of round 0.
+missed something. Enters: who is there. Leaves: the two instructions of round 0.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from ..common.global_model import GlobalModel
 from ..common.messages import SchemaInstruction, SchemaReply, WarmupInstruction, WarmupReply
 from ..common.schema import Schema
 from .phases import Consortium, PhaseResult
-
-_COHORT = "cohort"
 
 
 @dataclass(eq=False)
@@ -57,11 +55,6 @@ class RollCall:
         if waiting and self.schema is not None:
             self._send(self.schema, waiting)
 
-    def declared(self) -> dict[str, int]:
-        """Training patients that each site declared, also sites that are away now."""
-        journal = self.consortium.journal
-        return dict(journal.read(_COHORT).values["patients"]) if journal.has(_COHORT) else {}
-
     def _warm_up(self, nodes: Sequence[int]) -> PhaseResult[WarmupReply]:
         consortium, model = self.consortium, self.round_zero
         instruction = WarmupInstruction(
@@ -75,13 +68,9 @@ class RollCall:
         def admit(node: int, reply: WarmupReply) -> None:
             if (reply.model_digest, reply.dictionary_digest) != (model.digest, self.dictionary_digest):
                 raise ProtocolError(f"{reply.site}: confirmed another model or dictionary")
-            consortium.cohort.admit(reply.site, node, reply.patients, consortium.exchange.nodes())
+            consortium.cohort.admit(reply.site, node, consortium.exchange.nodes())
 
-        result = consortium.visit("warm-up", nodes, instruction, WarmupReply, admit)
-        before = self.declared()
-        if (now := before | consortium.cohort.patients) != before:
-            consortium.journal.write(_COHORT, {"patients": now})
-        return result
+        return consortium.visit("warm-up", nodes, instruction, WarmupReply, admit)
 
     def _send(self, schema: Schema, names: Sequence[str]) -> PhaseResult[SchemaReply]:
         consortium = self.consortium

@@ -1,9 +1,9 @@
-"""The training rounds: train, collect, apply, validate; the best round is kept, one that hurts is undone.
+"""The training rounds: train, add the updates up, apply, validate; the best round is kept, one that hurts is undone.
 
-Run by the coordinator, between set-up and the end of a run (server/run.py). Enters: statistics, updates, validation
-counts. Leaves: the global adapter of each round. Every step ends in one journal file; a step whose file is there is not
-repeated, so a killed run goes on where it was and, where replies come in the same order (`wardround simulate`), ends
-with the same bits.
+Run by the coordinator, between set-up and the end of a run (server/run.py). Enters: sums over sites, of updates with
+their statistics and of validation answers (server/aggregation.py). Leaves: the global adapter of each round. Every step
+ends in one journal file; a step whose file is there is not repeated, so a killed run goes on where it was. Sums are of
+integers, so neither the order of replies nor a repetition changes a bit of the result.
 """
 
 from __future__ import annotations
@@ -14,28 +14,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from ..common import sums
 from ..common.config import RunConfig
 from ..common.errors import ProtocolError
 from ..common.global_model import GlobalModel
-from ..common.messages import (
-    CollectInstruction,
-    CollectReply,
-    TrainInstruction,
-    TrainReply,
-    ValidateInstruction,
-    ValidateReply,
-)
-from .aggregation import MeanUpdate
+from ..common.messages import TrainInstruction, ValidateInstruction
+from ..common.secagg.keys import UPDATE, VALIDATION
+from .aggregation import LostSumError, Sums, Total, Work
 from .journal import Journal, round_phase
 from .optimizer import ServerOptimizer
-from .phases import Consortium, PhaseResult
+from .phases import Consortium
 from .tracking import Tracker
-from .validation import Best, Scores, accuracy, judge
-
-_MOST = 2**40  # of any number in a training reply: sums over sites stay exact
-_SLACK = 1e-3  # rewards are summed as floats
+from .validation import NOTHING, Best, Score, accuracy, judge
 
 
 @dataclass(eq=False)
@@ -56,6 +46,7 @@ class Rounds:
     config: RunConfig
     consortium: Consortium
     journal: Journal
+    sums: Sums
     schema_digest: str
     round_zero: GlobalModel
     before_round: Callable[[], None] = lambda: None
@@ -65,12 +56,13 @@ class Rounds:
         """Whether rounds are validated."""
         return self.config.federation.validation_questions_per_site > 0
 
-    def baseline(self) -> Scores:
+    def baseline(self) -> Score:
         """Validation of round 0, before any training on patients."""
         if not self.journal.has("baseline"):
-            scores, result = self._validate(0, self.round_zero)
-            self.journal.write("baseline", {"scores": scores, **_traffic(result)})
-        return _scores(self.journal.read("baseline").values["scores"])
+            score, about = self._validate("baseline", 0, self.round_zero)
+            self.journal.write("baseline", {"score": score, **about})
+            self.sums.forget("baseline")
+        return _score(self.journal.read("baseline").values["score"])
 
     def run(self, tracker: Tracker) -> State:
         """All rounds that are left, up to the last or to early stopping.
@@ -100,8 +92,8 @@ class Rounds:
         best, verdict, done = Best(0, self.baseline()), "best", 0
         while self.journal.has(round_phase(done + 1, "validate")):
             done += 1
-            scores = _scores(self.journal.read(round_phase(done, "validate")).values["scores"])
-            verdict, best = judge(best, done, scores, self.config.federation.rollback_tolerance, gate=self.gate)
+            score = _score(self.journal.read(round_phase(done, "validate")).values["score"])
+            verdict, best = judge(best, done, score, self.config.federation.rollback_tolerance, gate=self.gate)
         best_model, best_optimizer = self._applied(best.round_index)
         if verdict == "kept":
             model, optimizer = self._applied(done)
@@ -126,159 +118,157 @@ class Rounds:
 
     def _round(self, index: int, before: State) -> tuple[State, dict[str, Any]]:
         """One round that is not complete yet."""
-        trained = self._train(index, before.model)
-        model, optimizer = self._apply(index, before, trained)
-        started = time.monotonic()
-        scores, result = self._validate(index, model)
+        model, optimizer = self._train(index, before)
+        name, started = round_phase(index, "validate"), time.monotonic()
+        score, about = self._validate(name, index, model)
         tolerance = self.config.federation.rollback_tolerance
-        verdict, best = judge(before.best, index, scores, tolerance, gate=self.gate)
-        record = self._record(index, model, scores, verdict, best, result, time.monotonic() - started)
-        self.journal.write(round_phase(index, "validate"), {"scores": scores, "record": record})
+        verdict, best = judge(before.best, index, score, tolerance, gate=self.gate)
+        about["seconds"] = time.monotonic() - started
+        record = self._record(index, model, score, verdict, best, about)
+        self.journal.write(name, {"score": score, "record": record})
+        self.sums.forget(name)
         if verdict == "best":
             return State(model, optimizer, best, model, optimizer), record
         if verdict == "kept":
             return State(model, optimizer, best, before.best_model, before.best_optimizer), record
         return State(before.best_model, before.best_optimizer, best, before.best_model, before.best_optimizer), record
 
-    def _train(self, index: int, model: GlobalModel) -> list[str]:
-        """Sites train and keep their update; who did."""
-        name = round_phase(index, "train")
-        if not self.journal.has(name):
-            started = time.monotonic()
-            instruction = TrainInstruction(
-                **self.consortium.head(index, model.digest), schema_digest=self.schema_digest, vector=model.trainable
-            )
-            result = self.consortium.ask("train", instruction, TrainReply, self._check_statistics)
-            self.journal.write(
-                name,
-                {
-                    "sites": result.sites,
-                    "statistics": self._statistics(list(result.replies.values())),
-                    "seconds": time.monotonic() - started,
-                    **_traffic(result),
-                },
-            )
-        return list(self.journal.read(name).values["sites"])
-
-    def _apply(self, index: int, before: State, trained: list[str]) -> tuple[GlobalModel, ServerOptimizer]:
-        """Collects the updates of those that trained, one in memory at a time, and applies their mean."""
+    def _train(self, index: int, before: State) -> tuple[GlobalModel, ServerOptimizer]:
+        """Sites train; the sum of their updates is applied. A sum that is lost leaves the model as it was."""
         name = round_phase(index, "apply")
         if not self.journal.has(name):
-            started = time.monotonic()
-            instruction = CollectInstruction(**self.consortium.head(index, before.model.digest))
-            nodes, absent = self.consortium.here(trained)
-            total = MeanUpdate(before.model.manifest.size)
-
-            def add(_: int, reply: CollectReply) -> None:
-                total.add(reply.site, reply.delta, self._weight(reply))
-
-            result = self.consortium.visit("collect", nodes, instruction, CollectReply, add, absent=absent)
-            self.consortium.cohort.require("collect", len(result.sites), result.failures)
-            mean = total.mean()
-            vector, optimizer = before.optimizer.step(before.model.trainable, mean)
-            self.journal.write(
-                name,
-                {
-                    "sites": result.sites,
-                    "weight": total.weight,
-                    "update_norm": float(math.sqrt(float(mean @ mean))),
-                    "seconds": time.monotonic() - started,
-                    **_traffic(result),
-                },
-                {"vector": vector, **optimizer.state()},
-            )
+            started, model = time.monotonic(), before.model
+            values: dict[str, Any]
+            try:
+                total = self.sums.total(self._training(name, index, model))
+                values, update = self._read_update(total, model)
+                vector, optimizer = before.optimizer.step(model.trainable, update)
+            except LostSumError as error:
+                values = {"sites": [], "statistics": self._statistics({}, []), "failures": {"sum": error.code}}
+                values |= {"bytes_up": 0, "bytes_down": 0, "weight": 0, "clipped": 0, "update_norm": 0.0, "liars": []}
+                vector, optimizer = model.trainable, before.optimizer
+                self.consortium.progress.note(f"round {index}: {error}; the model stays as it was")
+            values["seconds"] = time.monotonic() - started
+            self.journal.write(name, values, {"vector": vector, **optimizer.state()})
+            self.sums.forget(name)
         return self._applied(index)
 
-    def _weight(self, reply: CollectReply) -> int:
-        """The weight a site may have: 1, or what it declared before round 1."""
-        expected = self.consortium.cohort.patients[reply.site] if self.config.federation.weighting == "patients" else 1
-        if reply.weight != expected:
-            raise ProtocolError(f"update of {reply.site}: expected weight {expected}, got {reply.weight}")
-        return expected
+    def _training(self, name: str, index: int, model: GlobalModel) -> Work:
+        def instruction(attempt: int) -> TrainInstruction:
+            return TrainInstruction(
+                **self.consortium.head(index, model.digest),
+                attempt=attempt,
+                schema_digest=self.schema_digest,
+                vector=model.trainable,
+            )
 
-    def _validate(self, index: int, model: GlobalModel) -> tuple[Scores, PhaseResult[ValidateReply]]:
-        """Each site's (questions, correct); empty when the gate is off."""
-        if not self.gate:
-            return {}, PhaseResult()
-        instruction = ValidateInstruction(
-            **self.consortium.head(index, model.digest), schema_digest=self.schema_digest, vector=model.trainable
-        )
-        result = self.consortium.ask("validate", instruction, ValidateReply, self._check_validation)
-        return {site: (reply.questions, reply.correct) for site, reply in result.replies.items()}, result
+        inputs = sums.input_digest(self.schema_digest)
+        size, tail = model.manifest.size, sums.update_tail(self.config)
+        return Work("train", name, UPDATE, instruction, size, tail, inputs)
 
-    def _check_validation(self, reply: ValidateReply) -> None:
-        if not 0 <= reply.correct <= reply.questions <= self.config.federation.validation_questions_per_site:
-            raise ProtocolError(f"validation of {reply.site}: {reply.correct} right of {reply.questions} questions")
+    def _read_update(self, total: Total, model: GlobalModel) -> tuple[dict[str, Any], Any]:
+        """The mean update, and what the journal keeps of the sum.
 
-    def _check_statistics(self, reply: TrainReply) -> None:
-        """Refuses numbers that no training gives, before they are added to those of others."""
-        counts, histogram = (reply.steps, reply.questions, reply.boxed, reply.completion_tokens), reply.reward_histogram
+        Raises:
+            ProtocolError: numbers that no training of these sites gives.
+        """
+        known: dict[str, int] = dict(zip(sums.UPDATE_TAIL, map(int, total.tail), strict=False))
+        histogram = [int(value) for value in total.tail[len(sums.UPDATE_TAIL) :]]
+        n, most = len(total.sites), self.config.federation.weight_limit
         if (
-            min(counts) < 0
-            or max(counts) > _MOST
-            or not 0 <= reply.boxed <= reply.completions <= _MOST
-            or not 0 <= reply.seconds <= _MOST
-            or not -_SLACK <= reply.reward_sum <= reply.completions + _SLACK
-            or histogram.shape != (self.config.grpo.group_size + 1,)
-            or not 0 <= histogram.min() <= histogram.max() <= _MOST
-            or histogram.sum() > reply.questions
+            not n <= known["weight"] <= n * most
+            or known["clipped"] > n * model.manifest.size
+            or known["boxed"] > known["completions"]
+            or known["reward"] > known["completions"] * sums.REWARD_UNIT + n
+            or sum(histogram) > known["questions"]
         ):
-            raise ProtocolError(f"statistics of {reply.site}: numbers that no local round gives")
+            raise ProtocolError("sum of updates: numbers that no local round gives; a site sent something else")
+        update = sums.fixed_point(self.config).mean(total.ring, known["weight"])
+        return {
+            "sites": total.sites,
+            "statistics": self._statistics(known, histogram),
+            "weight": known["weight"],
+            "clipped": known["clipped"],
+            "update_norm": float(math.sqrt(float(update @ update))),
+            "liars": total.liars,
+            **_about(total),
+        }, update
+
+    def _validate(self, name: str, index: int, model: GlobalModel) -> tuple[Score, dict[str, Any]]:
+        """Questions asked and answered right by all sites together; none when the gate is off, or the sum is lost."""
+        if not self.gate:
+            return NOTHING, {"failures": {}, "bytes_up": 0, "bytes_down": 0}
+
+        def instruction(attempt: int) -> ValidateInstruction:
+            return ValidateInstruction(
+                **self.consortium.head(index, model.digest),
+                attempt=attempt,
+                schema_digest=self.schema_digest,
+                vector=model.trainable,
+            )
+
+        inputs = sums.input_digest(self.schema_digest)
+        work = Work("validate", name, VALIDATION, instruction, 0, len(sums.VALIDATION_TAIL), inputs)
+        try:
+            total = self.sums.total(work)
+        except LostSumError as error:
+            self.consortium.progress.note(f"round {index}: {error}; nothing is known of its validation")
+            return NOTHING, {"failures": {"sum": error.code}, "bytes_up": 0, "bytes_down": 0}
+        questions, correct = (int(value) for value in total.tail)
+        most = len(total.sites) * self.config.federation.validation_questions_per_site
+        if not 0 <= correct <= questions <= most:
+            raise ProtocolError(f"sum of validation: {correct} right of {questions} questions, {most} were asked")
+        return (questions, correct), _about(total)
 
     def _record(
-        self,
-        index: int,
-        model: GlobalModel,
-        scores: Scores,
-        verdict: str,
-        best: Best,
-        validated: PhaseResult[ValidateReply],
-        seconds: float,
+        self, index: int, model: GlobalModel, score: Score, verdict: str, best: Best, validated: dict[str, Any]
     ) -> dict[str, Any]:
         """One line of rounds.jsonl."""
-        train = self.journal.read(round_phase(index, "train")).values
         applied = self.journal.read(round_phase(index, "apply")).values
-        phases = (train, applied, {**_traffic(validated), "seconds": seconds})
+        phases = (applied, validated)
         return {
             "round": index,
             "site_count": len(applied["sites"]),
             "sites": applied["sites"],
-            **train["statistics"],
+            **applied["statistics"],
             "seconds": round(sum(phase["seconds"] for phase in phases), 3),
-            "seconds_train": round(train["seconds"], 3),
+            "seconds_train": round(applied["seconds"], 3),
             "bytes_up": sum(phase["bytes_up"] for phase in phases),
             "bytes_down": sum(phase["bytes_down"] for phase in phases),
             "update_norm_l2": applied["update_norm"],
-            "validation_accuracy": accuracy(scores),
-            "validation_questions": sum(asked for asked, _ in scores.values()),
+            "clipped": applied["clipped"],
+            "validation_accuracy": accuracy(score),
+            "validation_questions": score[0],
             "rolled_back": verdict == "rolled-back",
             "best_round": best.round_index,
-            "failures": {**train["failures"], **applied["failures"], **validated.failures},
+            "failures": {**applied["failures"], **validated["failures"]},
             "model_digest": model.digest,
         }
 
-    def _statistics(self, replies: list[TrainReply]) -> dict[str, Any]:
-        """Sums over sites, and the means that a person reads; None where nothing was asked, or no text was written."""
-        questions, completions = sum(r.questions for r in replies), sum(r.completions for r in replies)
+    def _statistics(self, known: dict[str, int], histogram: list[int]) -> dict[str, Any]:
+        """The sums and means that a person reads; None where nothing was asked, or no text was written."""
+        questions, completions = known.get("questions", 0), known.get("completions", 0)
         written = completions > 0 and self.config.questions.reasoning_tokens > 0
+        reward, tokens = known.get("reward", 0) / sums.REWARD_UNIT, known.get("completion_tokens", 0)
         return {
             "questions": questions,
             "completions": completions,
-            "reward_mean": sum(r.reward_sum for r in replies) / completions if completions else None,
-            "boxed_rate": sum(r.boxed for r in replies) / completions if written else None,
-            "completion_tokens_mean": sum(r.completion_tokens for r in replies) / completions if completions else None,
-            "reward_histogram": np.sum([r.reward_histogram for r in replies], axis=0).tolist(),
-            "steps": sum(r.steps for r in replies),
+            "reward_mean": reward / completions if completions else None,
+            "boxed_rate": known["boxed"] / completions if written else None,
+            "completion_tokens_mean": tokens / completions if completions else None,
+            "reward_histogram": histogram or [0] * (self.config.grpo.group_size + 1),
+            "steps": known.get("steps", 0),
         }
 
 
-def _scores(values: dict[str, Any]) -> Scores:
-    return {site: (int(asked), int(correct)) for site, (asked, correct) in values.items()}
+def _score(values: list[int]) -> Score:
+    questions, correct = values
+    return int(questions), int(correct)
 
 
-def _traffic(result: PhaseResult[Any]) -> dict[str, Any]:
+def _about(total: Total) -> dict[str, Any]:
     return {
-        "failures": result.failures,
-        "bytes_up": result.traffic.bytes_up,
-        "bytes_down": result.traffic.bytes_down,
+        "failures": total.failures,
+        "bytes_up": total.traffic.bytes_up,
+        "bytes_down": total.traffic.bytes_down,
     }

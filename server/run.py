@@ -1,20 +1,22 @@
-"""A whole run: warm-up → schema → (train → collect → validate) × rounds → evaluate → finalize → report.
+"""A whole run: warm-up → schema → (train → validate) × rounds → evaluate → finalize → report.
 
-Run by the coordinator, called by server/app.py with a way to reach the sites. Enters: replies. Leaves: instructions,
-and the files of the run folder. Torch is imported only to make the round-0 adapter and to merge the final model.
+Run by the coordinator, called by server/app.py with a way to reach the sites. Enters: replies, and sums over the sites.
+Leaves: instructions, and the files of the run folder. Torch is imported only to make the round-0 adapter and to merge
+the final model.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..common import sums
 from ..common.adapter import Manifest
 from ..common.config import RunConfig, to_toml
 from ..common.counts import Counts, Layout
@@ -24,15 +26,17 @@ from ..common.files import write_atomic
 from ..common.global_model import GlobalModel
 from ..common.messages import (
     CountInstruction,
-    CountReply,
     EvaluateInstruction,
     EvaluateReply,
     FinalizeInstruction,
     FinalizeReply,
+    Reply,
 )
 from ..common.question import load_prompt
 from ..common.schema import Schema, derive_schema
-from ..common.statistics import Tally
+from ..common.secagg.keys import COUNTS, TEST
+from ..common.statistics import Tally, tally_size
+from .aggregation import Sums, Work
 from .evaluate import MODELS, evaluate, read_samples, write_evaluation
 from .journal import Journal
 from .phases import Consortium, Exchange
@@ -41,8 +45,6 @@ from .roll_call import RollCall
 from .rounds import Rounds, State
 from .tracking import Progress, Tracker
 from .validation import accuracy
-
-_MOST = 2**40  # of any count that a site sends: sums over sites stay exact
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +56,7 @@ class Coordinator:
     out: Path
     journal: Journal
     consortium: Consortium
+    sums: Sums
     split_key: str | None = None
 
     def round_zero(self) -> tuple[GlobalModel, dict[str, Any]]:
@@ -73,22 +76,19 @@ class Coordinator:
 
     def schema(self, sites: RollCall) -> Schema:
         """The question schema from the sum of the sites' counts; published to all of them, also when resuming."""
-        consortium, digest = self.consortium, self.dictionary.digest()
         if not self.journal.has("schema"):
-            total = np.zeros(Layout(self.dictionary).size, np.int64)
+            model, digest = sites.round_zero.digest, self.dictionary.digest()
 
-            def add(_: int, reply: CountReply) -> None:
-                counts = Counts.from_vector(reply.counts, self.dictionary).vector
-                if counts.max() > _MOST:
-                    raise ProtocolError(f"counts of {reply.site}: expected at most {_MOST}, got {counts.max()}")
-                np.add(total, counts, out=total)
+            def instruction(attempt: int) -> CountInstruction:
+                return CountInstruction(**self.consortium.head(0, model), attempt=attempt, dictionary_digest=digest)
 
-            nodes, _ = consortium.here(consortium.cohort.names)
-            instruction = CountInstruction(**consortium.head(0, sites.round_zero.digest), dictionary_digest=digest)
-            asked = consortium.visit("counts", nodes, instruction, CountReply, add)
-            consortium.cohort.require("counts", len(asked.sites), asked.failures)
-            made = derive_schema(Counts(self.dictionary, total), self.dictionary, self.config.questions)
-            self.journal.write("schema", {"schema": made.to_json(), "sites": asked.sites})
+            size, inputs = Layout(self.dictionary).size, sums.input_digest(digest)
+            total = self.sums.total(Work("counts", "counts", COUNTS, instruction, size, len(sums.COUNTS_TAIL), inputs))
+            counts = Counts.from_vector(total.ring.astype(np.int64), self.dictionary)
+            made = derive_schema(counts, self.dictionary, self.config.questions)
+            about = {"schema": made.to_json(), "sites": total.sites, "patients": int(total.tail[0])}
+            self.journal.write("schema", about)
+            self.sums.forget("counts")
         schema = Schema.from_json(self.journal.read("schema").values["schema"])
         write_atomic(self.out / "schema.json", schema.to_json().encode() + b"\n", mode=0o644)
         sites.publish(schema)
@@ -96,31 +96,39 @@ class Coordinator:
 
     def evaluate(self, schema: Schema, warmup: GlobalModel, final: GlobalModel, index: int) -> dict[str, Any]:
         """Base, warmed-up and final model on test patients, once; writes evaluation.json."""
-        if not self.journal.has("evaluate"):
-            instruction = EvaluateInstruction(
-                **self.consortium.head(index, final.digest),
-                schema_digest=schema.digest(),
-                warmup_digest=warmup.digest,
-                warmup=warmup.full,
-                final=final.full,
-            )
-            most = self.config.evaluation.samples if self.dictionary.public else 0
-
-            def check(reply: EvaluateReply) -> None:
-                tally = Tally.from_vector(reply.tally, schema.names, MODELS)
-                if tally.n.sum() > self.config.evaluation.questions_per_site or tally.length.max() > _MOST:
-                    raise ProtocolError(f"test counts of {reply.site}: of more questions or tokens than were asked for")
-                read_samples(reply.samples, reply.site, most)
-
-            replies = self.consortium.ask("evaluate", instruction, EvaluateReply, check).replies
-            samples = [item for site, reply in replies.items() for item in read_samples(reply.samples, site, most)]
-            tallies = {site: reply.tally for site, reply in replies.items()}
-            self.journal.write("evaluate", {"samples": samples}, tallies)
-        record = self.journal.read("evaluate")
-        tallies = [Tally.from_vector(vector, schema.names, MODELS) for vector in record.vectors.values()]
-        sections = {feature.name: feature.section for feature in self.dictionary.features}
         settings = self.config.evaluation
-        result = evaluate(tallies, sections, settings.bootstrap_samples, self.config.seed)
+        if not self.journal.has("evaluate"):
+            samples: dict[str, list[dict[str, Any]]] = {}
+            most = settings.samples if self.dictionary.public else 0
+
+            def instruction(attempt: int) -> EvaluateInstruction:
+                return EvaluateInstruction(
+                    **self.consortium.head(index, final.digest),
+                    attempt=attempt,
+                    schema_digest=schema.digest(),
+                    warmup_digest=warmup.digest,
+                    warmup=warmup.full,
+                    final=final.full,
+                )
+
+            def take(reply: Reply) -> None:
+                if isinstance(reply, EvaluateReply):
+                    samples[reply.site] = read_samples(reply.samples, reply.site, most)
+
+            inputs = sums.input_digest(schema.digest(), warmup.digest)
+            size = tally_size(schema.names, MODELS)
+            total = self.sums.total(Work("evaluate", "evaluate", TEST, instruction, 0, size, inputs, take))
+            tally = Tally.from_vector(total.tail, schema.names, MODELS)
+            if tally.n.sum() > len(total.sites) * settings.questions_per_site:
+                raise ProtocolError("sum of test counts: of more questions than were asked for")
+            shown = [item for site in sorted(samples) for item in samples[site]]
+            self.journal.write("evaluate", {"samples": shown, "sites": total.sites}, {"tally": total.tail})
+            self.sums.forget("evaluate")
+        record = self.journal.read("evaluate")
+        tally = Tally.from_vector(record.vectors["tally"], schema.names, MODELS)
+        sections = {feature.name: feature.section for feature in self.dictionary.features}
+        sites = len(record.values["sites"])
+        result = evaluate(tally, sites, sections, settings.bootstrap_samples, self.config.seed)
         write_evaluation(self.out / "evaluation.json", result)
         return result
 
@@ -192,11 +200,10 @@ class Coordinator:
         self.journal.write("finalize", {"model_digest": final.digest, "sites": have})
         consortium.cohort.require("finalize", len(have), asked.failures)
 
-    def summary(
-        self, warmup: GlobalModel, rounds: Rounds, state: State, warmup_report: dict[str, Any], sites: RollCall
-    ) -> None:
+    def summary(self, warmup: GlobalModel, rounds: Rounds, state: State, warmup_report: dict[str, Any]) -> None:
         """Writes run.json: what the report says of the run beside config, rounds and evaluation; then the report."""
         baseline, records = rounds.baseline(), rounds.finished_records()
+        schema = self.journal.read("schema").values
         trained = _rounds_by_site(records)
         have = self.journal.read("finalize").values["sites"] if self.journal.has("finalize") else []
         content = {
@@ -210,13 +217,15 @@ class Coordinator:
                 "labels": {feature.name: feature.label for feature in self.dictionary.features},
             },
             "sites": {
-                name: {"patients": patients, "rounds": trained.get(name, 0), "has_final": name in have}
-                for name, patients in sorted(sites.declared().items())
+                name: {"rounds": trained.get(name, 0), "has_final": name in have}
+                for name in sorted({*self.consortium.cohort.names, *trained, *have, *schema["sites"]})
             },
+            "training_patients": schema["patients"],
+            "secure_aggregation": self.config.federation.secure_aggregation,
             "losses": self.journal.losses(),
             "warmup": warmup_report,
             "warmup_digest": warmup.digest,
-            "baseline": {"accuracy": accuracy(baseline), "questions": sum(asked for asked, _ in baseline.values())},
+            "baseline": {"accuracy": accuracy(baseline), "questions": baseline[0]},
             "rounds": len(records),
             "best_round": state.best.round_index,
             "final_digest": state.best_model.digest,
@@ -233,6 +242,7 @@ def run_all(
     out: Path,
     journal: Journal,
     *,
+    make_sums: Callable[[Consortium], Sums],
     split_key: str | None,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -244,6 +254,7 @@ def run_all(
         dictionary: the consortium's.
         out: the run's folder.
         journal: its open journal; the caller closes it.
+        make_sums: how what sites made is added up, given the sites.
         split_key: as `Coordinator`.
         progress: who is told.
 
@@ -256,12 +267,13 @@ def run_all(
     prompt_digest = load_prompt(config.model.prompt).digest()
     write_atomic(out / "config.resolved.toml", to_toml(config).encode(), mode=0o644)
     consortium = Consortium(exchange, config, journal, progress)
-    run = Coordinator(config, dictionary, out, journal, consortium, split_key)
+    adding = make_sums(consortium)
+    run = Coordinator(config, dictionary, out, journal, consortium, adding, split_key)
     round_zero, warmup_report = run.round_zero()
     sites = RollCall(consortium, dictionary.digest(), prompt_digest, round_zero)
     sites.everyone()
     schema = run.schema(sites)
-    rounds = Rounds(config, consortium, journal, schema.digest(), round_zero, sites.latecomers)
+    rounds = Rounds(config, consortium, journal, adding, schema.digest(), round_zero, sites.latecomers)
     tracker = Tracker(out, rounds.finished_records(), accuracy(rounds.baseline()))
     try:
         state = rounds.run(tracker)
@@ -272,9 +284,9 @@ def run_all(
     evaluation = run.evaluate(schema, round_zero, final, config.federation.rounds)
     run.finalize(final, schema, rounds, state, evaluation)
     # Once before the sites are asked a last time, for too few that answer must not cost the report; once after.
-    run.summary(round_zero, rounds, state, warmup_report, sites)
+    run.summary(round_zero, rounds, state, warmup_report)
     run.hand_back(final, config.federation.rounds, _rounds_by_site(rounds.finished_records()))
-    run.summary(round_zero, rounds, state, warmup_report, sites)
+    run.summary(round_zero, rounds, state, warmup_report)
     return evaluation
 
 

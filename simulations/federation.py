@@ -2,12 +2,14 @@
 
 Run on one machine, by `wardround simulate`. Enters: a run config. Leaves: the run folder. Nothing is simplified but the
 wire: each site is a folder as a hospital has it, written once and read back for every message, so memory does not grow
-with the number of sites, and one base model is in memory. The registries are open or synthetic ones, and the sites'
-policies say so (`simulated = true`); a private table is refused.
+with the number of sites, and one base model is in memory. Sums are secure sums, with identities and a roster made for
+the run; only who verified whom is made up, and the passphrases lie beside the keys. The registries are open or
+synthetic ones, and the sites' policies say so (`simulated = true`); a private table is refused.
 """
 
 from __future__ import annotations
 
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,23 +22,32 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from ..client.identity import read_roster
 from ..client.registry import Registry, read_registry, split_rows, to_registry, write_registry
 from ..common.adapter import Manifest
-from ..common.config import PolicyConfig, RunConfig, SiteConfig, to_toml
+from ..common.config import IdentityConfig, PolicyConfig, RunConfig, SiteConfig, to_toml
 from ..common.counts import count
 from ..common.dictionary import dump_dictionary, load_dictionary
 from ..common.errors import ConfigError, RunFolderError, UserError
+from ..common.files import private_folder, write_atomic
+from ..common.identity import Card, Identity
+from ..common.key_file import write_key
 from ..common.lm.packaged import resolve, weight_files
+from ..common.roster import Roster
 from ..common.schema import derive_schema
 from ..common.seeds import derive, derive_rng, derive_seed
+from ..server.aggregation import SecureSums, Sums
 from ..server.journal import check_disk, check_folder, open_journal, round_phase
+from ..server.phases import Consortium
 from ..server.tracking import Progress, SilentProgress
 from . import registries
 from .partition import partition, site_names
+from .plain import PlainSums
 
 __all__ = ["InProcessGrid", "SilentProgress", "simulate"]
 
 SYNTHETIC_PATIENTS = 2000
+ROSTER, PASSPHRASE = "roster.json", "passphrase.txt"
 _COORDINATOR_NODE = 1
 _ANY_BYTES = 2**62  # what a simulated site sends stays on this machine
 
@@ -138,9 +149,25 @@ def simulate(
             dictionary = load_dictionary(paths[0].parent / "dictionary.toml")
             site.on_step = on_step
             grid = InProcessGrid(client, paths)
-            return run(grid, config, dictionary, out, journal, split_key=split_key(config), progress=progress)
+
+            def make_sums(consortium: Consortium) -> Sums:
+                if config.federation.secure_aggregation == "none":
+                    return PlainSums(consortium, {path.parent.name: path for path in paths})
+                roster = read_roster(out / "sites" / ROSTER)
+                return SecureSums(consortium, roster)
+
+            return run(
+                grid,
+                config,
+                dictionary,
+                out,
+                journal,
+                make_sums=make_sums,
+                split_key=split_key(config),
+                progress=progress,
+            )
         except UserError:
-            if not journal.resumed and not journal.has(round_phase(1, "train")):
+            if not journal.resumed and not journal.has(round_phase(1, "apply")):
                 _take_back(out, was_there)
             raise
         finally:
@@ -184,7 +211,9 @@ def prepare(config: RunConfig, out: Path) -> tuple[Registry, list[np.ndarray]]:
     from ..common.lm import models
     from ..server.warmup import load_released
 
-    n_sites, least = config.simulation.sites, config.federation.min_sites
+    n_sites, least, most = config.simulation.sites, config.federation.min_sites, config.federation.max_sites
+    if n_sites > most:
+        raise ConfigError(f"simulation.sites = {n_sites}: expected at most federation.max_sites = {most}")
     if n_sites < least:
         raise ConfigError(
             f"simulation.sites = {n_sites}: expected at least federation.min_sites = {least}, else no phase is complete"
@@ -289,17 +318,24 @@ def divide(registry: Registry, config: RunConfig) -> list[np.ndarray]:
 
 
 def write_sites(registry: Registry, parts: Sequence[np.ndarray], config: RunConfig, folder: Path) -> None:
-    """One folder a site, as a hospital has it: table, dictionary, site.toml; all of them or none.
+    """One folder a site, as a hospital has it: table, dictionary, identity, roster, site.toml; all of them or none.
 
-    The sites' own limits are what this run needs: a simulation does not stop at a hospital's.
+    The sites' own limits are what this run needs: a simulation does not stop at a hospital's. All have verified all.
     """
     making = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
-    dictionary = dump_dictionary(registry.dictionary)
-    for name, rows in zip(site_names(len(parts)), parts, strict=True):
+    dictionary, names = dump_dictionary(registry.dictionary), site_names(len(parts))
+    identities = {name: Identity.generate() for name in names}
+    cards = [Card.make(identity, name) for name, identity in identities.items()]
+    roster = Roster.first(Identity.generate(), f"simulation-{config.name}", cards)
+    (making / ROSTER).write_text(roster.to_json(), encoding="utf-8")
+    for name, rows in zip(names, parts, strict=True):
         site = making / name
-        site.mkdir()
+        private_folder(site / "state")
+        passphrase = secrets.token_hex(16)
+        write_atomic(site / PASSPHRASE, passphrase.encode())
+        write_key(site / "state" / "identity.pem", identities[name], passphrase.encode())
         write_registry(registry.take(rows), site / "registry.parquet")
         (site / "dictionary.toml").write_text(dictionary, encoding="utf-8")
         settings = SiteConfig(
@@ -307,12 +343,19 @@ def write_sites(registry: Registry, parts: Sequence[np.ndarray], config: RunConf
             table="registry.parquet",
             dictionary="dictionary.toml",
             split_key=split_key(config),
+            identity=IdentityConfig(
+                roster=f"../{ROSTER}",
+                roster_digest=roster.digest.hex(),
+                verified=tuple(card.fingerprint for card in cards),
+                passphrase_file=PASSPHRASE,
+            ),
             policy=PolicyConfig(
                 simulated=True,
                 share_samples=registry.dictionary.public,
                 max_rounds=config.federation.rounds,
                 max_local_steps=config.grpo.local_steps,
                 max_upload_bytes=_ANY_BYTES,
+                colluders=config.federation.colluders,
             ),
         )
         (site / "site.toml").write_text(to_toml(settings), encoding="utf-8")

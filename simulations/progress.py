@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 _LOG_EVERY_S = 10.0
-_IN_ROUNDS = ("train", "collect", "validate")
+_IN_ROUNDS = ("train", "validate")
 
 
 class TerminalProgress(AbstractContextManager["TerminalProgress"]):
@@ -55,10 +55,11 @@ class TerminalProgress(AbstractContextManager["TerminalProgress"]):
         self._step(f"public warm-up: {done}/{total}, loss {loss:.2f}", done == total)
 
     def begin(self, phase: str, round_index: int, sites: Sequence[str]) -> None:
-        training = round_index and phase in _IN_ROUNDS
+        work, _, exchange = phase.partition(": ")
+        training = round_index and work in _IN_ROUNDS
         self._what = f"round {round_index} of {self._rounds} · {phase}" if training else phase
         self._bars.reset(self._task, description=" · ".join([self._what, *self._so_far()]), total=len(sites) or None)
-        if self._bars.disable:
+        if self._bars.disable and not exchange:  # of a secure sum: over in a moment
             self._line(f"{self._what}: {len(sites)} {'site' if len(sites) == 1 else 'sites'}")
 
     def stepped(self, site: str, done: int, steps: int) -> None:

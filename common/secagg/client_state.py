@@ -96,8 +96,8 @@ class ClientSum:
     recipients: bytes = b""
     shares: tuple[bytes, ...] = field(default=(), repr=False)
     survivors: bytes = b""
-    requests: Mapping[int, bytes] = field(default_factory=dict)
-    replies: Mapping[int, bytes] = field(default_factory=dict, repr=False)
+    requests: Mapping[int, bytes] = field(default_factory=dict[int, bytes])
+    replies: Mapping[int, bytes] = field(default_factory=dict[int, bytes], repr=False)
 
     @property
     def attempt(self) -> int:

@@ -207,7 +207,9 @@ class Attempt:
                 released; the masked sum is as it was.
         """
         self._require(len(self._answers), "answered")
-        keys, off, on, liars = self.keys, [], [], set[int]()
+        keys, liars = self.keys, set[int]()
+        off: list[bytes] = []
+        on: list[bytes] = []
         for member in self._recipients:
             alive = member in self._added
             secret = self._rebuild(member, liars, seed=alive)

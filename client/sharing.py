@@ -1,0 +1,330 @@
+"""The site's side of secure sums across messages: the state in between, on disk and encrypted; one answer an exchange.
+
+Run by the site, called by client/site.py (keys) and client/gate.py (the other exchanges). Enters: instructions. Leaves:
+adverts, sealed shares, masked vectors, signatures, shares, each made by common/secagg/client_state.py. Private: the
+book of open sums, with keys and shares in it. Steps of docs/secure-sums.md §S5–§S9; no torch, no registry.
+
+    state/sums.sealed   the book, AES-256-GCM under the identity's storage key
+    sums.counter        beside site.toml: how often the book was written, and the SHA-256 of what was
+
+The book is written before a reply that depends on it is given. A state folder that was put back from a copy holds an
+older book than the counter says; a site that went on from it would answer twice, so it refuses (`restored`). Whoever
+can put both back is the hospital's own administrator.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from numpy.typing import NDArray
+
+from ..common import sums
+from ..common.errors import ProtocolError, SumError, VerificationError
+from ..common.files import private_folder, write_atomic
+from ..common.identity import Identity
+from ..common.messages import (
+    MaskedReply,
+    MaskInstruction,
+    SharesInstruction,
+    SharesReply,
+    SumInstruction,
+    SurvivorsInstruction,
+    SurvivorsReply,
+    UnmaskInstruction,
+    UnmaskReply,
+)
+from ..common.secagg import client_state
+from ..common.secagg.client_state import ClientSum, Membership
+from ..common.secagg.keys import PURPOSES, Advert, domain
+from . import payload
+from .folder import Site, SiteRun
+from .identity import SiteKeys
+
+_NONCE_BYTES = 12
+_DATA = domain("sums")
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(eq=False)
+class Book:
+    """Every sum this site must not forget.
+
+    Attributes:
+        newest: the highest round of each run in which a sum was begun; older ones are over.
+        sums: by run and purpose: round and state, of the newest round only.
+        signed: digest of a payload → ids of the survivors it was added up with.
+    """
+
+    newest: dict[str, int] = field(default_factory=dict)
+    sums: dict[str, dict[str, tuple[int, ClientSum]]] = field(default_factory=dict, repr=False)
+    signed: dict[str, list[str]] = field(default_factory=dict)
+
+    def get(self, run_id: str, round_index: int, purpose: int) -> ClientSum:
+        """The state of a sum, empty before its first attempt.
+
+        Raises:
+            SumError: "out-of-turn": of a round before the newest.
+        """
+        if round_index < self.newest.get(run_id, 0):
+            raise SumError("out-of-turn", f"round {round_index}: sums of a later round were begun already")
+        found_round, state = self.sums.get(run_id, {}).get(str(purpose), (round_index, ClientSum()))
+        return state if found_round == round_index else ClientSum()
+
+    def put(self, run_id: str, round_index: int, purpose: int, state: ClientSum) -> None:
+        """Notes a sum's new state; a new round makes the book forget those before."""
+        self.newest[run_id] = round_index
+        kept = {key: item for key, item in self.sums.get(run_id, {}).items() if item[0] == round_index}
+        self.sums[run_id] = {**kept, str(purpose): (round_index, state)}
+
+    def to_json(self) -> str:
+        """Everything, as text."""
+        states = {
+            run: {key: [index, state.to_json()] for key, (index, state) in found.items()}
+            for run, found in self.sums.items()
+        }
+        return json.dumps({"newest": self.newest, "sums": states, "signed": self.signed}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Book:
+        """The inverse of `to_json`."""
+        found: dict[str, Any] = json.loads(text)
+        states = {
+            run: {key: (int(index), ClientSum.from_json(state)) for key, (index, state) in items.items()}
+            for run, items in found["sums"].items()
+        }
+        return cls(dict(found["newest"]), states, dict(found["signed"]))
+
+
+# By the key's encrypted file: deriving the key from the passphrase takes a tenth of a second, once a process.
+_identities: dict[bytes, Identity] = {}
+
+
+def _identity(keys: SiteKeys) -> Identity:
+    if not keys.path.is_file():
+        return keys.load()  # which says what to do
+    file = keys.path.read_bytes()
+    if file not in _identities:
+        if len(_identities) >= 64:  # more sites than one process has, but for a large simulation
+            _identities.clear()
+        _identities[file] = keys.load()
+    return _identities[file]
+
+
+@dataclass(frozen=True, eq=False)
+class Sharing:
+    """One site's identity, its view of the roster, and its book."""
+
+    site: Site
+    identity: Identity
+    members: Membership
+    roster_digest: bytes
+
+    @classmethod
+    def open(cls, site: Site) -> Sharing:
+        """Of a site.
+
+        Raises:
+            ConfigError: no identity, wrong passphrase, no pinned roster.
+            VerificationError: the roster is not the pinned one, or this site is not on it.
+        """
+        keys = SiteKeys(site.folder, site.config)
+        identity = _identity(keys)
+        view, limits = keys.members(identity.id), site.config.policy
+        members = Membership(view.active, view.verified, limits.colluders, limits.min_sites)
+        return cls(site, identity, members, view.roster.digest)
+
+    @property
+    def _book_path(self) -> Path:
+        return self.site.state / "sums.sealed"
+
+    @property
+    def _counter_path(self) -> Path:
+        return self.site.folder / "sums.counter"
+
+    @contextmanager
+    def book(self) -> Iterator[Book]:
+        """The book, held against other processes of this site; written when the block ends without an error.
+
+        Raises:
+            SumError: "restored".
+            VerificationError: the book cannot be opened with this site's identity.
+        """
+        private_folder(self.site.state)
+        handle = os.open(self.site.state / "sums.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            writes, sealed = self._read()
+            book = Book() if sealed is None else Book.from_json(self._open(sealed))
+            before = book.to_json()
+            yield book
+            after = book.to_json()
+            if after != before:
+                self._write(writes + 1, self._seal(after))
+        finally:
+            os.close(handle)
+
+    def _read(self) -> tuple[int, bytes | None]:
+        """How often the book was written, and the book; None before the first time."""
+        pending = self._book_path.with_suffix(".next")
+        sealed = self._book_path.read_bytes() if self._book_path.exists() else None
+        if not self._counter_path.exists():
+            if sealed is None:
+                return 0, None
+            raise self._restored("the counter is missing")
+        try:
+            counter = json.loads(self._counter_path.read_bytes())
+            writes, wanted = int(counter["writes"]), str(counter["sha256"])
+        except (ValueError, KeyError, TypeError):
+            raise self._restored("the counter is damaged") from None
+        if sealed is not None and hashlib.sha256(sealed).hexdigest() == wanted:
+            return writes, sealed
+        # A kill between counter and book: what the counter names is still beside it.
+        if pending.exists() and hashlib.sha256(left := pending.read_bytes()).hexdigest() == wanted:
+            pending.replace(self._book_path)
+            return writes, left
+        raise self._restored("the book is not the one last written")
+
+    def _restored(self, what: str) -> SumError:
+        return SumError(
+            "restored",
+            f"{self._counter_path} and {self._book_path}: {what}; a state folder put back from a copy could answer "
+            "twice. If no run is under way, remove both files; rounds that were begun are lost to this site",
+        )
+
+    def _write(self, writes: int, sealed: bytes) -> None:
+        pending = self._book_path.with_suffix(".next")
+        write_atomic(pending, sealed)
+        counter = {"writes": writes, "sha256": hashlib.sha256(sealed).hexdigest()}
+        write_atomic(self._counter_path, json.dumps(counter).encode() + b"\n")
+        pending.replace(self._book_path)
+
+    def _seal(self, text: str) -> bytes:
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        return nonce + AESGCM(self.identity.storage_key()).encrypt(nonce, text.encode(), _DATA)
+
+    def _open(self, sealed: bytes) -> str:
+        nonce, rest = sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:]
+        # After a rotation the book may still be under the previous key.
+        for identity in (self.identity, *SiteKeys(self.site.folder, self.site.config).retired()):
+            try:
+                return AESGCM(identity.storage_key()).decrypt(nonce, rest, _DATA).decode()
+            except InvalidTag:
+                continue
+        raise VerificationError(f"{self._book_path}: not encrypted by this site's identity")
+
+
+def offer(run: SiteRun, purpose: int, attempt: int, given: payload.Payload) -> Bytes:
+    """Exchange 1: this site's advert for adding `given` up; empty where a simulation adds up in the clear.
+
+    Raises:
+        SumError: "out-of-turn", "restored", "malformed".
+        ConfigError, VerificationError: identity or roster are not usable.
+    """
+    if run.config.federation.secure_aggregation == "none":  # client/policy.py lets simulated sites alone come here
+        return np.zeros(0, np.uint8)
+    here, instruction = Sharing.open(run.site), run.instruction
+    about = sums.binding(
+        run.config,
+        run_id=instruction.run_id,
+        round_index=instruction.round_index,
+        purpose=purpose,
+        attempt=attempt,
+        ring_values=len(given.ring),
+        tail_values=len(given.tail),
+        roster=here.roster_digest,
+        model_digest=given.model_digest,
+        inputs=given.inputs,
+    )
+    key = (instruction.run_id, instruction.round_index, purpose)
+    with here.book() as book:
+        state, advert = client_state.advertise(book.get(*key), about, here.identity.key, os.urandom)
+        book.put(*key, state)
+    return np.frombuffer(advert, np.uint8)
+
+
+def shares(site: Site, instruction: SharesInstruction) -> SharesReply:
+    """Exchange 2."""
+    run, here = SiteRun(site, instruction), Sharing.open(site)
+    with _sum(here, instruction) as (book, key, state):
+        after, ciphertexts = client_state.share(
+            state, here.members, instruction.threshold, instruction.key_list.tobytes(), os.urandom
+        )
+        book.put(*key, after)
+    return SharesReply(**run.head, ciphertexts=np.frombuffer(ciphertexts, np.uint8))
+
+
+def mask(site: Site, instruction: MaskInstruction) -> MaskedReply:
+    """Exchange 3: the stored payload under its masks."""
+    run, here = SiteRun(site, instruction), Sharing.open(site)
+    given = payload.require(run.folder, instruction.round_index, instruction.purpose)
+    with _sum(here, instruction) as (book, key, state):
+        _same(state, given)
+        after, keys = client_state.mask(
+            state, here.members, instruction.recipients.tobytes(), instruction.ciphertexts.tobytes()
+        )
+        masked = given.masked(run.config, site.config.name, instruction.round_index, keys)
+        book.put(*key, after)
+    return MaskedReply(**run.head, masked=masked)
+
+
+def survivors(site: Site, instruction: SurvivorsInstruction) -> SurvivorsReply:
+    """Exchange 4: agrees to who is in the sum, and remembers with whom this payload was added up."""
+    run, here = SiteRun(site, instruction), Sharing.open(site)
+    given = payload.require(run.folder, instruction.round_index, instruction.purpose)
+    with _sum(here, instruction) as (book, key, state):
+        _same(state, given)
+        content = given.content_digest(instruction.purpose)
+        known = book.signed.get(content)
+        after, signature = client_state.sign(
+            state,
+            here.members,
+            instruction.survivors.tobytes(),
+            here.identity.key,
+            conflicts=lambda ids: known is not None and known != [site.hex() for site in ids],
+        )
+        book.signed[content] = [member.hex() for member in after.survivor_ids]
+        book.put(*key, after)
+    return SurvivorsReply(**run.head, signature=np.frombuffer(signature, np.uint8))
+
+
+def unmask(site: Site, instruction: UnmaskInstruction) -> UnmaskReply:
+    """Exchange 5: one share for each recipient; keys and shares of the attempt are forgotten."""
+    run, here = SiteRun(site, instruction), Sharing.open(site)
+    with _sum(here, instruction) as (book, key, state):
+        after, answer = client_state.unmask(
+            state, here.members, instruction.signers.tobytes(), instruction.signatures.tobytes()
+        )
+        book.put(*key, after)
+    return UnmaskReply(**run.head, answer=np.frombuffer(answer, np.uint8))
+
+
+@contextmanager
+def _sum(here: Sharing, instruction: SumInstruction) -> Iterator[tuple[Book, tuple[str, int, int], ClientSum]]:
+    """The book, with the sum's key and state, which must be in the attempt that the instruction names."""
+    if instruction.purpose not in PURPOSES:
+        raise ProtocolError(f"purpose: expected one of {sorted(PURPOSES)}, got {instruction.purpose}")
+    key = (instruction.run_id, instruction.round_index, instruction.purpose)
+    with here.book() as book:
+        state = book.get(*key)
+        if not state.advert or state.attempt != instruction.attempt:
+            raise SumError("out-of-turn", f"attempt {instruction.attempt}: this site is in attempt {state.attempt}")
+        yield book, key, state
+
+
+def _same(state: ClientSum, given: payload.Payload) -> None:
+    """The payload on disk must be the one that the advert was about."""
+    about = Advert.from_bytes(state.advert).binding
+    if (about.model.hex(), about.input) != (given.model_digest, given.inputs):
+        raise SumError("other-sum", "the stored vector is not the one that this site's keys were made for")
