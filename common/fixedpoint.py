@@ -190,8 +190,8 @@ def rounding_key(seed: int, site: str, round_index: int) -> bytes:
 def blocks(size: int, first: int = 0) -> Iterator[slice]:
     """Cuts values `first` to `size` - 1 of a vector into blocks of `BLOCK_VALUES`.
 
-    >>> [block.stop for block in blocks(70_000)]
-    [32768, 65536, 70000]
+    >>> [block.stop for block in blocks(300_000)]
+    [131072, 262144, 300000]
     """
     for start in range(first, size, BLOCK_VALUES):
         yield slice(start, min(start + BLOCK_VALUES, size))

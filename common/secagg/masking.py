@@ -34,7 +34,7 @@ from .prg import BLOCK_BYTES, Mask, check_key
 
 THREADS = 2
 _PARTS_A_THREAD = 4  # a thread that is held up leaves its parts to the others
-_LEAST_PART = 8 * BLOCK_VALUES  # opening a stream costs as much as a few kilobytes of it
+_LEAST_PART = 2 * BLOCK_VALUES  # opening a stream costs as much as some 60 kB of it
 
 Part = tuple[int, int]
 Result = TypeVar("Result")
