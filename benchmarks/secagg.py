@@ -112,7 +112,8 @@ def ours(sites: int, values: int, verify: bool = True) -> dict[str, Any]:
 
     for site in order:
         states[site], advert = clock.time(
-            "keys site", lambda site=site: client.advertise(states[site], binding, identities[site], os.urandom)
+            "keys site",
+            lambda site=site: client.advertise(states[site], members, binding, identities[site], os.urandom),
         )
         clock.time("keys coordinator, a site", lambda site=site, advert=advert: attempt.add_advert(site, advert))
         up["keys"] = len(advert)

@@ -47,7 +47,7 @@ from ..common.messages import (
 )
 from ..common.secagg import client_state
 from ..common.secagg.client_state import ClientSum, Membership
-from ..common.secagg.keys import PURPOSES, Advert, domain
+from ..common.secagg.keys import PURPOSES, Advert, Giving, domain
 from . import payload
 from .folder import Site, SiteRun
 from .identity import SiteKeys
@@ -64,12 +64,12 @@ class Book:
     Attributes:
         newest: the highest round of each run in which a sum was begun; older ones are over.
         sums: by run and purpose: round and state, of the newest round only.
-        signed: digest of a payload → ids of the survivors it was added up with.
+        given: digest of a payload → how it was given, in all runs.
     """
 
     newest: dict[str, int] = field(default_factory=dict)
     sums: dict[str, dict[str, tuple[int, ClientSum]]] = field(default_factory=dict, repr=False)
-    signed: dict[str, list[str]] = field(default_factory=dict)
+    given: dict[str, list[Giving]] = field(default_factory=dict)
 
     def get(self, run_id: str, round_index: int, purpose: int) -> ClientSum:
         """The state of a sum, empty before its first attempt.
@@ -94,7 +94,14 @@ class Book:
             run: {key: [index, state.to_json()] for key, (index, state) in found.items()}
             for run, found in self.sums.items()
         }
-        return json.dumps({"newest": self.newest, "sums": states, "signed": self.signed}, sort_keys=True)
+        given = {
+            content: [
+                [one.threshold, sorted(site.hex() for site in one.ids), [site.hex() for site in one.survivors]]
+                for one in givings
+            ]
+            for content, givings in self.given.items()
+        }
+        return json.dumps({"newest": self.newest, "sums": states, "given": given}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Book:
@@ -104,7 +111,22 @@ class Book:
             run: {key: (int(index), ClientSum.from_json(state)) for key, (index, state) in items.items()}
             for run, items in found["sums"].items()
         }
-        return cls(dict(found["newest"]), states, dict(found["signed"]))
+        given = {
+            content: [
+                Giving(threshold, frozenset(map(bytes.fromhex, ids)), tuple(map(bytes.fromhex, survivors)))
+                for threshold, ids, survivors in givings
+            ]
+            for content, givings in found["given"].items()
+        }
+        return cls(dict(found["newest"]), states, given)
+
+    def note(self, content: str, giving: Giving) -> None:
+        """Remembers that a payload was given; a signed giving takes the place of the same one without survivors."""
+        known = self.given.get(content, [])
+        alike = [one for one in known if (one.threshold, one.ids) == (giving.threshold, giving.ids)]
+        if giving in alike or (alike and not giving.survivors):
+            return
+        self.given[content] = [one for one in known if one.survivors or one not in alike] + [giving]
 
 
 # By the key's encrypted file: deriving the key from the passphrase takes a tenth of a second, once a process.
@@ -144,6 +166,10 @@ class Sharing:
         view, limits = keys.members(identity.id), site.config.policy
         members = Membership(view.active, view.verified, limits.colluders, limits.min_sites)
         return cls(site, identity, members, view.roster.digest)
+
+    def before(self, book: Book, content: str) -> list[Giving]:
+        """How a payload was given before; nothing where this hospital's policy lets differences be seen."""
+        return [] if self.site.config.policy.repeat_with_others else book.given.get(content, [])
 
     @property
     def _book_path(self) -> Path:
@@ -249,7 +275,7 @@ def offer(run: SiteRun, purpose: int, attempt: int, given: payload.Payload) -> B
     )
     key = (instruction.run_id, instruction.round_index, purpose)
     with here.book() as book:
-        state, advert = client_state.advertise(book.get(*key), about, here.identity.key, os.urandom)
+        state, advert = client_state.advertise(book.get(*key), here.members, about, here.identity.key, os.urandom)
         book.put(*key, state)
     return np.frombuffer(advert, np.uint8)
 
@@ -271,10 +297,17 @@ def mask(site: Site, instruction: MaskInstruction) -> MaskedReply:
     given = payload.require(run.folder, instruction.round_index, instruction.purpose)
     with _sum(here, instruction) as (book, key, state):
         _same(state, given)
+        content = given.content_digest(instruction.purpose)
         after, keys = client_state.mask(
-            state, here.members, instruction.recipients.tobytes(), instruction.ciphertexts.tobytes()
+            state,
+            here.members,
+            instruction.recipients.tobytes(),
+            instruction.ciphertexts.tobytes(),
+            here.before(book, content),
         )
         masked = given.masked(run.config, site.config.name, instruction.round_index, keys)
+        if after is not state:
+            book.note(content, Giving(after.threshold, frozenset(after.list.ids)))
         book.put(*key, after)
     return MaskedReply(**run.head, masked=masked)
 
@@ -286,15 +319,14 @@ def survivors(site: Site, instruction: SurvivorsInstruction) -> SurvivorsReply:
     with _sum(here, instruction) as (book, key, state):
         _same(state, given)
         content = given.content_digest(instruction.purpose)
-        known = book.signed.get(content)
         after, signature = client_state.sign(
             state,
             here.members,
             instruction.survivors.tobytes(),
             here.identity.key,
-            conflicts=lambda ids: known is not None and known != [site.hex() for site in ids],
+            here.before(book, content),
         )
-        book.signed[content] = [member.hex() for member in after.survivor_ids]
+        book.note(content, Giving(after.threshold, frozenset(after.list.ids), after.survivor_ids))
         book.put(*key, after)
     return SurvivorsReply(**run.head, signature=np.frombuffer(signature, np.uint8))
 

@@ -285,6 +285,9 @@ class PolicyConfig(Frozen):
     max_upload_bytes: Annotated[int, Field(ge=1)] = 2**36
     allowed_models: tuple[str, ...] = ()  # digests; empty: any
     targets_never_asked: tuple[str, ...] = ()
+    # The same counts may be added up again with other hospitals, in another run: the difference of the two sums then
+    # shows the hospitals that were in one only, together.
+    repeat_with_others: bool = False
     share_samples: bool = False  # sample questions may enter the coordinator's report; public registries only
     # Secure sums (secure-sums.md §S3): the fewest hospitals, verified by this one, whose sum it takes part in, and how
     # many hospitals that collude with the coordinator it wants to withstand.

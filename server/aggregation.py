@@ -12,7 +12,7 @@ so what they need is in the journal before they are asked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -78,7 +78,7 @@ class Total:
         tail: int64 (k,).
         sites: whose payloads are in it, sorted.
         failures: sites that are not, with their code.
-        liars: sites whose share did not fit.
+        misfits: pairs of sites (who dealt, who answered) whose share did not fit: one of the two lied.
         traffic: bytes of all exchanges.
     """
 
@@ -86,7 +86,7 @@ class Total:
     tail: NDArray[np.int64]
     sites: list[str]
     failures: dict[str, str] = field(default_factory=dict)
-    liars: list[str] = field(default_factory=list)
+    misfits: list[list[str]] = field(default_factory=list)
     traffic: Traffic = field(default_factory=Traffic)
 
 
@@ -154,10 +154,25 @@ class SecureSums:
 
     def _next_attempt(self, work: Work) -> int:
         """Counts an attempt before sites hear of it: none is used twice, also after a kill."""
+        values = self._attempts(work)
+        values["attempt"] += 1
+        self.consortium.journal.write(f"{work.name}-attempt", values)
+        return values["attempt"]
+
+    def _attempts(self, work: Work) -> dict[str, Any]:
+        """The newest attempt, and thresholds and key lists of those that got to masked vectors."""
         journal, name = self.consortium.journal, f"{work.name}-attempt"
-        attempt = 1 + (int(journal.read(name).values["attempt"]) if journal.has(name) else 0)
-        journal.write(name, {"attempt": attempt})
-        return attempt
+        return dict(journal.read(name).values) if journal.has(name) else {"attempt": 0, "given": []}
+
+    def _threshold(self, work: Work, ids: Collection[bytes]) -> int | None:
+        """The smallest t that sites accept: §S3's for this key list, and towards every list they gave vectors under."""
+        colluders = self.consortium.config.federation.colluders
+        least = smallest_threshold(len(ids), colluders)
+        if least is None:
+            return None
+        for before, listed in self._attempts(work)["given"]:
+            least = max(least, len({*ids} | {bytes.fromhex(site) for site in listed}) + colluders - before + 1)
+        return least if least <= len(ids) else None
 
     def _masked_sum(self, work: Work, number: int, failures: dict[str, str], traffic: Traffic) -> Attempt | None:
         """Exchanges 1 to 3; None when too few sites finished them."""
@@ -174,7 +189,7 @@ class SecureSums:
         names = consortium.cohort.names
         self._exchange(work.phase, dict.fromkeys(names, instruction), Reply, keys, failures, traffic)
         n = len(attempt.adverts)
-        threshold = smallest_threshold(n, consortium.config.federation.colluders)
+        threshold = self._threshold(work, attempt.adverts) if n else None
         if n < max(MIN_MEMBERS, consortium.config.federation.min_sites) or threshold is None:
             return None
         listed = attempt.close_keys(threshold)
@@ -190,6 +205,9 @@ class SecureSums:
                 traffic,
             )
             recipients = _array(attempt.close_shares())
+            values = self._attempts(work)
+            values["given"].append([threshold, [site.hex() for site in listed.ids]])
+            consortium.journal.write(f"{work.name}-attempt", values)
             self._exchange(
                 f"{work.phase}: masked",
                 {
@@ -247,8 +265,8 @@ class SecureSums:
             raise ProtocolError(f"{work.phase}: a sum of counts is out of range")
         # A survivor that fell silent later is in the sum all the same.
         outside = {site: code for site, code in failures.items() if site not in names}
-        liars = sorted(self._name(site) for site in attempt.liars)
-        return Total(ring, tail.astype(np.int64), sorted(names), outside, liars, traffic)
+        misfits = [[self._name(site) for site in pair] for pair in attempt.misfits]
+        return Total(ring, tail.astype(np.int64), sorted(names), outside, misfits, traffic)
 
     def _exchange(
         self,

@@ -145,7 +145,7 @@ class Rounds:
                 vector, optimizer = before.optimizer.step(model.trainable, update)
             except LostSumError as error:
                 values = {"sites": [], "statistics": self._statistics({}, []), "failures": {"sum": error.code}}
-                values |= {"bytes_up": 0, "bytes_down": 0, "weight": 0, "clipped": 0, "update_norm": 0.0, "liars": []}
+                values |= {"bytes_up": 0, "bytes_down": 0, "weight": 0, "clipped": 0, "update_norm": 0.0, "misfits": []}
                 vector, optimizer = model.trainable, before.optimizer
                 self.consortium.progress.note(f"round {index}: {error}; the model stays as it was")
             values["seconds"] = time.monotonic() - started
@@ -190,7 +190,7 @@ class Rounds:
             "weight": known["weight"],
             "clipped": known["clipped"],
             "update_norm": float(math.sqrt(float(update @ update))),
-            "liars": total.liars,
+            "misfits": total.misfits,
             **_about(total),
         }, update
 

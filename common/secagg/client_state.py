@@ -16,7 +16,7 @@ import base64
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -36,6 +36,7 @@ from .keys import (
     Advert,
     AttemptKeys,
     Binding,
+    Giving,
     KeyList,
     Random,
     agree,
@@ -43,6 +44,7 @@ from .keys import (
     hkdf,
     members_of,
     pieces,
+    quorums_meet,
     verify,
 )
 
@@ -68,6 +70,11 @@ class Membership:
     verified: frozenset[bytes]
     colluders: int
     min_sites: int
+
+    @property
+    def min_survivors(self) -> int:
+        """What everybody who signs must respect: as if all unverified members were among the survivors."""
+        return self.min_sites + len(self.active - self.verified)
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,7 @@ class MaskKeys:
 
 
 def advertise(
-    state: ClientSum, binding: Binding, identity: Ed25519PrivateKey, random: Random
+    state: ClientSum, members: Membership, binding: Binding, identity: Ed25519PrivateKey, random: Random
 ) -> tuple[ClientSum, bytes]:
     """Exchange 1 (§S5): fresh keys for a new attempt, and the advert of them.
 
@@ -180,7 +187,7 @@ def advertise(
         if state.stage >= SIGNED:
             raise SumError("out-of-turn", f"attempt {binding.attempt}: survivors were signed for this sum already")
     secrets = AttemptKeys.fresh(random)
-    advert = Advert.make(binding, secrets, identity).to_bytes()
+    advert = Advert.make(binding, members.min_survivors, secrets, identity).to_bytes()
     return ClientSum(stage=KEYS, advert=advert, secrets=secrets), advert
 
 
@@ -218,11 +225,24 @@ def share(
     return _answered(after, SHARES, request, sealed), sealed
 
 
-def mask(state: ClientSum, members: Membership, recipients: bytes, ciphertexts: bytes) -> tuple[ClientSum, MaskKeys]:
+def mask(
+    state: ClientSum,
+    members: Membership,
+    recipients: bytes,
+    ciphertexts: bytes,
+    given: Sequence[Giving] = (),
+) -> tuple[ClientSum, MaskKeys]:
     """Exchange 3 (§S7): opens the others' shares; the keys of the masks. The caller masks the stored payload with them.
 
+    Args:
+        state: with exchange 2 answered.
+        members: whom this site deals with.
+        recipients: bitmap.
+        ciphertexts: of the other recipients, in order.
+        given: how this very payload was given before, in other attempts and other sums.
+
     Raises:
-        SumError: "malformed", "own-keys", "threshold", "share", "out-of-turn".
+        SumError: "malformed", "own-keys", "threshold", "share", "difference", "out-of-turn".
     """
     request = _request(recipients, ciphertexts)
     if state.stage in (MASKED, SIGNED) and state.requests.get(MASKED) == request:
@@ -247,6 +267,9 @@ def mask(state: ClientSum, members: Membership, recipients: bytes, ciphertexts: 
         except (InvalidTag, ProtocolError, SumError):
             raise SumError("share", f"the share of member {member + 1} was not made for this attempt") from None
         opened[member] = pair
+    now = Giving(keys.threshold, frozenset(keys.ids))
+    if not all(quorums_meet(before, now, members.verified, members.colluders) for before in given):
+        raise SumError("difference", "the same vector was given under another key list, and both sums could be had")
     after = replace(
         state,
         stage=MASKED,
@@ -262,7 +285,7 @@ def sign(
     members: Membership,
     survivors: bytes,
     identity: Ed25519PrivateKey,
-    conflicts: Callable[[tuple[bytes, ...]], bool] = lambda ids: False,
+    given: Sequence[Giving] = (),
 ) -> tuple[ClientSum, bytes]:
     """Exchange 4 (§S8): agrees to one set of survivors, once and for all for this sum.
 
@@ -271,7 +294,7 @@ def sign(
         members: whom this site deals with.
         survivors: bitmap.
         identity: signs.
-        conflicts: whether this site's payload was in a sum with survivors other than these ids before.
+        given: how this very payload was given before, in other attempts and other sums.
 
     Raises:
         SumError: "malformed", "own-keys", "threshold", "survivors", "difference", "out-of-turn".
@@ -287,7 +310,11 @@ def sign(
     if me not in alive:
         raise SumError("own-keys", "survivors: this site is not among them")
     _enough(keys, members, alive, "survivors")
-    if conflicts(tuple(keys.ids[member] for member in alive)):
+    wanted = max(keys.adverts[member].min_survivors for member in taking)
+    if len(alive) < wanted:
+        raise SumError("threshold", f"survivors: {len(alive)}, and a recipient wants at least {wanted}")
+    ids = tuple(keys.ids[member] for member in alive)
+    if any(before.survivors not in ((), ids) for before in given):
         raise SumError("difference", "survivors: the same vector was added up with others before")
     signature = identity.sign(statement(keys, state.recipients, survivors))
     after = replace(state, stage=SIGNED, survivors=survivors)

@@ -38,8 +38,21 @@ COUNTS, UPDATE, VALIDATION, TEST = 1, 2, 3, 4
 PURPOSES = {COUNTS: "counts", UPDATE: "update", VALIDATION: "validation", TEST: "test"}
 
 _MAGIC = b"WSK1"
+_SURVIVORS = struct.Struct("<H")
 _BINDING = struct.Struct("<16sIBIQIId32s32s32s32s")
-_ADVERT_BYTES = len(_MAGIC) + _BINDING.size + 4 * KEY_BYTES + SIGNATURE_BYTES
+_ADVERT_BYTES = len(_MAGIC) + _BINDING.size + _SURVIVORS.size + 4 * KEY_BYTES + SIGNATURE_BYTES
+
+# Curve25519: the field's prime, and u of the points whose product with any private key is one (RFC 7748 §6.1, §7).
+_FIELD = 2**255 - 19
+_LOW_ORDER = frozenset(
+    {
+        0,
+        1,
+        325606250916557431795983626356110631294008115727848805560023387167927233504,
+        39382357235489614581723060781553021112529911719440698176882885853963445705823,
+        _FIELD - 1,
+    }
+)
 
 Random = Callable[[int], bytes]
 
@@ -181,9 +194,10 @@ class AttemptKeys:
 
 @dataclass(frozen=True)
 class Advert:
-    """A site's public keys of one attempt, signed (§S5)."""
+    """A site's public keys of one attempt, signed (§S5). `min_survivors`: what everybody's signature must respect."""
 
     binding: Binding
+    min_survivors: int
     id: bytes
     encryption_key: bytes
     mask_key: bytes
@@ -193,11 +207,17 @@ class Advert:
     BYTES = _ADVERT_BYTES
 
     @classmethod
-    def make(cls, binding: Binding, keys: AttemptKeys, identity: Ed25519PrivateKey) -> Advert:
-        """Signs the public halves of `keys`."""
+    def make(cls, binding: Binding, min_survivors: int, keys: AttemptKeys, identity: Ed25519PrivateKey) -> Advert:
+        """Signs the public halves of `keys`.
+
+        Raises:
+            SumError: "malformed", min_survivors out of range.
+        """
+        _check_survivors(min_survivors)
         site = identity.public_key().public_bytes_raw()
         parts = (
             binding,
+            min_survivors,
             site,
             public_of(keys.encryption_key),
             public_of(keys.mask_key),
@@ -207,7 +227,7 @@ class Advert:
         return cls(*parts, signature=identity.sign(unsigned._signed()))
 
     def to_bytes(self) -> bytes:
-        """The 373 bytes of §S5."""
+        """The 375 bytes of §S5."""
         return self._body() + self.signature
 
     @classmethod
@@ -219,12 +239,17 @@ class Advert:
         """
         if len(data) != cls.BYTES or data[: len(_MAGIC)] != _MAGIC:
             raise SumError("malformed", f"advert: expected {cls.BYTES} bytes that begin with {_MAGIC!r}")
-        start = len(_MAGIC) + _BINDING.size
-        binding = Binding.from_bytes(data[len(_MAGIC) : start])
+        middle = len(_MAGIC) + _BINDING.size
+        start = middle + _SURVIVORS.size
+        binding = Binding.from_bytes(data[len(_MAGIC) : middle])
+        (min_survivors,) = _SURVIVORS.unpack(data[middle:start])
+        _check_survivors(min_survivors)
         site, encryption_key, mask_key, committed = (
             data[start + KEY_BYTES * i : start + KEY_BYTES * (i + 1)] for i in range(4)
         )
-        return cls(binding, site, encryption_key, mask_key, committed, data[-SIGNATURE_BYTES:])
+        for key in (encryption_key, mask_key):
+            _check_public(key)
+        return cls(binding, min_survivors, site, encryption_key, mask_key, committed, data[-SIGNATURE_BYTES:])
 
     def verify(self) -> None:
         """Checks the signature against `id`; whether `id` is a member is the caller's question.
@@ -235,10 +260,25 @@ class Advert:
         verify(self.id, self.signature, self._signed(), "advert")
 
     def _body(self) -> bytes:
-        return b"".join((_MAGIC, self.binding.to_bytes(), self.id, self.encryption_key, self.mask_key, self.commitment))
+        keys = (self.id, self.encryption_key, self.mask_key, self.commitment)
+        return b"".join((_MAGIC, self.binding.to_bytes(), _SURVIVORS.pack(self.min_survivors), *keys))
 
     def _signed(self) -> bytes:
         return domain(USE_ADVERT) + self._body()
+
+
+def _check_survivors(min_survivors: int) -> None:
+    if not MIN_MEMBERS <= min_survivors <= MAX_MEMBERS:
+        raise SumError(
+            "malformed", f"advert: min_survivors: expected {MIN_MEMBERS} to {MAX_MEMBERS}, got {min_survivors}"
+        )
+
+
+def _check_public(key: bytes) -> None:
+    """Refuses a second encoding of one key, and keys whose shared secret everybody knows."""
+    u = int.from_bytes(key, "little")
+    if u >= _FIELD or u in _LOW_ORDER:
+        raise SumError("malformed", "advert: a public key that is not canonical, or of low order")
 
 
 def commitment(self_seed: bytes, binding: Binding, site: bytes) -> bytes:
@@ -263,7 +303,7 @@ class KeyList:
         """The list that a coordinator sent; check 1 and 2 of §S6.
 
         Raises:
-            SumError: "malformed": length, magic, number of members, order of ids, or t not in 1 to n.
+            SumError: "malformed": length, magic, number of members, order of ids, or t not a 16-bit number.
         """
         n, left = divmod(len(data), Advert.BYTES)
         if left or not MIN_MEMBERS <= n <= max_sites:
@@ -274,8 +314,8 @@ class KeyList:
         ids = [advert.id for advert in adverts]
         if any(first >= second for first, second in itertools.pairwise(ids)):
             raise SumError("malformed", "key list: expected ids in ascending order, none twice")
-        if not 1 <= threshold <= n:
-            raise SumError("malformed", f"key list: expected a threshold of 1 to {n}, got {threshold}")
+        if not 1 <= threshold < 2**16:
+            raise SumError("malformed", f"key list: expected a threshold of 1 to 65535, got {threshold}")
         return cls(threshold, adverts)
 
     def to_bytes(self) -> bytes:
@@ -333,14 +373,18 @@ class KeyList:
                 raise SumError("unknown-member", "key list: a key of no active member of the pinned roster")
         for advert in self.adverts:
             advert.verify()
-        for advert in self.adverts:
-            if word := own.binding.difference(advert.binding):
-                raise SumError(word, "key list: a member's advert is about something else than this site's")
+        others = {advert.binding for advert in self.adverts} - {own.binding}
+        words = {own.binding.difference(binding) for binding in others}
+        if words:
+            word = words.pop() if len(words) == 1 else "other-sum"
+            raise SumError(word, "key list: a member's advert is about something else than this site's")
         if self.adverts[self.index(own.id)] != own:
             raise SumError("own-keys", "key list: this site's own advert was changed")
         public = [key for advert in self.adverts for key in (advert.encryption_key, advert.mask_key)]
         if len(set(public)) != 2 * self.n or len({advert.commitment for advert in self.adverts}) != self.n:
             raise SumError("repeated-key", "key list: a key or commitment is there twice")
+        if max(advert.min_survivors for advert in self.adverts) > self.n:
+            raise SumError("threshold", f"key list: a member wants more survivors than the {self.n} members")
         check_threshold(self.n, self.threshold, len(set(self.ids) & (set(verified) | {own.id})), colluders, min_sites)
 
     def pair(self, first: int, second: int) -> bytes:
@@ -372,6 +416,34 @@ def check_threshold(n: int, threshold: int, verified: int, colluders: int, min_s
         )
     if verified < max(min_sites, MIN_MEMBERS):
         raise SumError("threshold", f"{verified} verified members, this site's policy wants at least {min_sites}")
+
+
+@dataclass(frozen=True)
+class Giving:
+    """Under which threshold and key list a payload was given, and who is in the sum where that was signed (§S9).
+
+    Attributes:
+        threshold: t.
+        ids: of the key list.
+        survivors: ids; empty where this site signed none.
+    """
+
+    threshold: int
+    ids: frozenset[bytes]
+    survivors: tuple[bytes, ...] = ()
+
+
+def quorums_meet(first: Giving, second: Giving, verified: Collection[bytes], colluders: int) -> bool:
+    """Whether any quorum of one key list and any of the other share a member that is honest (§S3).
+
+    >>> five = frozenset(bytes([i]) for i in range(5))
+    >>> quorums_meet(Giving(4, five), Giving(4, five), five, 2)
+    True
+    >>> quorums_meet(Giving(4, five), Giving(3, five - {b"4"}), five, 2)
+    False
+    """
+    union = first.ids | second.ids
+    return first.threshold + second.threshold > len(union) + colluders + len(union - set(verified))
 
 
 def smallest_threshold(n: int, colluders: int) -> int | None:

@@ -33,13 +33,14 @@ class Attempt:
         binding: what the sum is about; a site that signs another one is not taken.
         adverts: by id.
         keys: the key list, once closed.
-        liars: ids of members whose answers did not fit, once unmasked.
+        misfits: pairs of ids (who dealt a share, who answered with it) that did not fit, once unmasked; which of the two
+            lied cannot be told.
     """
 
     def __init__(self, binding: Binding) -> None:
         self.binding = binding
         self.adverts: dict[bytes, Advert] = {}
-        self.liars: tuple[bytes, ...] = ()
+        self.misfits: tuple[tuple[bytes, bytes], ...] = ()
         self._keys: KeyList | None = None
         self._sealed: dict[int, list[bytes]] = {}
         self._recipients: tuple[int, ...] = ()
@@ -207,24 +208,25 @@ class Attempt:
                 released; the masked sum is as it was.
         """
         self._require(len(self._answers), "answered")
-        keys, liars = self.keys, set[int]()
+        keys = self.keys
+        misfits: list[tuple[int, int]] = []
         off: list[bytes] = []
         on: list[bytes] = []
         for member in self._recipients:
             alive = member in self._added
-            secret = self._rebuild(member, liars, seed=alive)
+            secret = self._rebuild(member, misfits, seed=alive)
             if alive:
                 off.append(self_key(keys, secret, member))
                 continue
             for other in sorted(self._added):  # the lower of two members added their stream
                 (off if other < member else on).append(pair_key(keys, secret, member, other))
         masking.apply(self._ring, self._tail, on, off)
-        self.liars = tuple(keys.ids[member] for member in sorted(liars))
+        self.misfits = tuple((keys.ids[dealer], keys.ids[holder]) for dealer, holder in misfits)
         ring, tail = self._ring, self._tail
         self._ring, self._tail, self._answers = np.zeros(0, np.uint32), np.zeros(0, np.uint64), {}
         return ring, tail
 
-    def _rebuild(self, member: int, liars: set[int], *, seed: bool) -> bytes:
+    def _rebuild(self, member: int, misfits: list[tuple[int, int]], *, seed: bool) -> bytes:
         """A survivor's self seed or a dropped member's mask key, checked against what that member signed."""
         advert = self.keys.adverts[member]
 
@@ -237,11 +239,11 @@ class Attempt:
         points = {answering + 1: values[member] for answering, values in self._answers.items()}
         try:
             value, wrong = shamir.reconstruct(
-                points, self.keys.threshold, fits, suspects=[liar + 1 for liar in sorted(liars)]
+                points, self.keys.threshold, fits, suspects=sorted({holder + 1 for _, holder in misfits})
             )
         except VerificationError:
             raise SumError("share", f"no {self.keys.threshold} answers fit what member {member + 1} signed") from None
-        liars.update(x - 1 for x in wrong)
+        misfits += [(member, x - 1) for x in wrong]
         return value.to_bytes(32, "little")
 
     def _require(self, count: int, what: str) -> None:
