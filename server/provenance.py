@@ -101,7 +101,7 @@ def protected(facts: Mapping[str, Any]) -> list[str]:
     sentences: list[str] = []
     if facts["secure_aggregation"] == "bonawitz":
         sentences.append(
-            "Counts, updates, their weights and statistics, validation and test results left the sites under masks: the "
+            "Counts, updates with weights and statistics, validation and test results left the sites under masks; the "
             "coordinator could read sums over the sites that finished, at least "
             f"{facts['min_sites']} each time, and nothing of one site, as long as at most {facts['colluders']} of the "
             "hospitals that the others verified told it what they know (docs/secure-sums.md)."

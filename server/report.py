@@ -70,7 +70,7 @@ def write_report(
         rounds: the objects of rounds.jsonl, in order.
         config: the run's.
         provenance: content of model/provenance.json.
-        run: content of run.json: sites, their training patients in all, losses, warm-up, validation of round 0, samples.
+        run: content of run.json: sites, training patients in all, losses, warm-up, validation of round 0, samples.
         schema: content of schema.json.
     """
     if run["warmup"]["source"] == "none":
