@@ -21,7 +21,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -296,8 +296,8 @@ def mask(site: Site, instruction: MaskInstruction) -> MaskedReply:
     run, here = SiteRun(site, instruction), Sharing.open(site)
     given = payload.require(run.folder, instruction.round_index, instruction.purpose)
     with _sum(here, instruction) as (book, key, state):
-        _same(state, given)
         content = given.content_digest(instruction.purpose)
+        _same(state, given, content)
         after, keys = client_state.mask(
             state,
             here.members,
@@ -307,6 +307,7 @@ def mask(site: Site, instruction: MaskInstruction) -> MaskedReply:
         )
         masked = given.masked(run.config, site.config.name, instruction.round_index, keys)
         if after is not state:
+            after = replace(after, content=bytes.fromhex(content))
             book.note(content, Giving(after.threshold, frozenset(after.list.ids)))
         book.put(*key, after)
     return MaskedReply(**run.head, masked=masked)
@@ -317,8 +318,8 @@ def survivors(site: Site, instruction: SurvivorsInstruction) -> SurvivorsReply:
     run, here = SiteRun(site, instruction), Sharing.open(site)
     given = payload.require(run.folder, instruction.round_index, instruction.purpose)
     with _sum(here, instruction) as (book, key, state):
-        _same(state, given)
         content = given.content_digest(instruction.purpose)
+        _same(state, given, content)
         after, signature = client_state.sign(
             state,
             here.members,
@@ -352,11 +353,18 @@ def _sum(here: Sharing, instruction: SumInstruction) -> Iterator[tuple[Book, tup
         state = book.get(*key)
         if not state.advert or state.attempt != instruction.attempt:
             raise SumError("out-of-turn", f"attempt {instruction.attempt}: this site is in attempt {state.attempt}")
+        about = Advert.from_bytes(state.advert).binding
+        # The config decides range, weight and rounding: the same payload under the same masks, made of another one,
+        # would show the payload.
+        if (about.config.hex(), about.model.hex()) != (instruction.config_digest, instruction.model_digest):
+            raise SumError("out-of-turn", "this site's keys were made for another config or model")
         yield book, key, state
 
 
-def _same(state: ClientSum, given: payload.Payload) -> None:
-    """The payload on disk must be the one that the advert was about."""
+def _same(state: ClientSum, given: payload.Payload, content: str) -> None:
+    """The payload on disk must be the one that the advert was about, and once masked, the one that was."""
     about = Advert.from_bytes(state.advert).binding
     if (about.model.hex(), about.input) != (given.model_digest, given.inputs):
         raise SumError("other-sum", "the stored vector is not the one that this site's keys were made for")
+    if state.content and state.content.hex() != content:
+        raise SumError("other-sum", "the stored vector is not the one that was masked with this site's keys")

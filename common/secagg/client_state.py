@@ -90,6 +90,7 @@ class ClientSum:
         recipients: bitmap.
         shares: the share pairs that the recipients made for this site, in order; its own among them.
         survivors: bitmap.
+        content: digest of the payload that was masked (§S9), set by the caller, who masks it.
         requests, replies: of exchanges 2 (shares), 4 (consistency) and 5 (unmask): SHA-256 and the bytes given. Of
             exchange 3 only the request: its reply is computed again from the stored payload.
     """
@@ -103,6 +104,7 @@ class ClientSum:
     recipients: bytes = b""
     shares: tuple[bytes, ...] = field(default=(), repr=False)
     survivors: bytes = b""
+    content: bytes = b""
     requests: Mapping[int, bytes] = field(default_factory=dict[int, bytes])
     replies: Mapping[int, bytes] = field(default_factory=dict[int, bytes], repr=False)
 
@@ -139,7 +141,10 @@ class ClientSum:
             shares=tuple(_raw(item) for item in values["shares"]),
             requests={int(key): _raw(item) for key, item in values["requests"].items()},
             replies={int(key): _raw(item) for key, item in values["replies"].items()},
-            **{key: _raw(values[key]) for key in ("advert", "key_list", "own_shares", "recipients", "survivors")},
+            **{
+                key: _raw(values[key])
+                for key in ("advert", "key_list", "own_shares", "recipients", "survivors", "content")
+            },
         )
 
 

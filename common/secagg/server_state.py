@@ -33,8 +33,8 @@ class Attempt:
         binding: what the sum is about; a site that signs another one is not taken.
         adverts: by id.
         keys: the key list, once closed.
-        misfits: pairs of ids (who dealt a share, who answered with it) that did not fit, once unmasked; which of the two
-            lied cannot be told.
+        misfits: pairs of ids (who dealt a share, who answered with it) that did not fit, once unmasked; which of the
+            two lied cannot be told.
     """
 
     def __init__(self, binding: Binding) -> None:
@@ -61,7 +61,7 @@ class Attempt:
 
         Args:
             site: the id that the roster gives the sender.
-            data: 373 bytes.
+            data: 375 bytes.
 
         Raises:
             SumError: "malformed", "signature", "other-…": the site was given, or has, something else than the others.
