@@ -4,12 +4,15 @@
 
 `n*.json` and `tail_only.json` are whole attempts: every input (identity keys and the tape of random bytes included),
 every message of every site in hexadecimal, keys in between and the sum. Sites are numbers in the order of their ids.
+A site's own `policy` is laid over the attempt's. Of those with `again` in their names, n4 and n6 are about one payload:
+attempts 1 and 2 of one sum of counts, and the same counts in another run with t = 4 and t = 5.
 
 `fail_*.json` are attempts that end in a named failure: `base` is the attempt to replay at `site` (exchanges 1 to
-`answered`, with the base's own instructions), with `policy` and `memory` laid over the base's; the instructions of
-`before` are answered; then `instruction`, to `exchange`, gives `failure`. In a list, an integer i stands for what the
-base has: of key_list advert i, of ciphertexts the one from i to `site`, of signatures that of i. A `note` marks a case
-that follows from a reading of the specification, not from its tables.
+`answered`, with the base's own instructions), with `memory` laid over the base's; before it, the attempt of `earlier`
+was replayed at the same site (exchanges 1 to its `answered`), which has not forgotten it; the instructions of `before`
+are answered; then `instruction`, to `exchange`, gives `failure`, now with `policy` laid over the base's. In a list, an
+integer i stands for what the base has: of key_list advert i, of ciphertexts the one from i to `site`, of signatures
+that of i.
 """
 
 import hashlib
@@ -60,16 +63,22 @@ def pieces(data: bytes, size: int) -> list[str]:
 class Attempt:
     """A whole attempt: who sends shares, a masked vector, a signature and an answer, and what that gives."""
 
-    def __init__(self, name: str, about: str, n: int, t: int, c: int, d: int, k: int, *answering: Iterable[int]):
+    def __init__(
+        self, name: str, about: str, n: int, t: int, c: int, d: int, k: int, *answering: Iterable[int],
+        payloads: str = "", wishes: dict[int, int] | None = None, **binding: Any,
+    ):  # fmt: skip
         self.name, self.n, self.t = name, n, t
-        self.binding = replace(BINDING, d=d, k=k, purpose=2 if d else 3)
+        self.payloads, self.wishes = payloads or name, wishes or {}
+        self.binding = replace(BINDING, d=d, k=k, **{"purpose": 2 if d else 3} | binding)
         identities = POOL[:n]
         ids = frozenset(map(ref.ed25519_public, identities))
-        policy = ref.Policy(ids | {ref.ed25519_public(SPARE)}, ids, c, 3)
+        spare = {ref.ed25519_public(SPARE)}
+        # Where there is room for it, nobody has verified the spare member, and wants one survivor more.
+        policy = ref.Policy(ids | spare, ids if n > 4 and not wishes else ids | spare, c, 3)
         tapes = [Tape(f"{name}, site {i}") for i in range(1, n + 1)]
         payloads = [self.payload(i) for i in range(1, n + 1)]
         self.sites = {
-            i: ref.Site(identity, self.binding, policy, payload, tape, ref.Memory())
+            i: ref.Site(identity, self.binding, self.policy_of(i, policy), payload, tape, ref.Memory())
             for i, (identity, payload, tape) in enumerate(zip(identities, payloads, tapes, strict=True), 1)
         }
         sharing, masking, signing, unmasking = (list(numbers) for numbers in answering)
@@ -118,8 +127,11 @@ class Attempt:
             "sum": {"ring": total[0], "tail": total[1]},
         }
 
+    def policy_of(self, i: int, policy: ref.Policy) -> ref.Policy:
+        return replace(policy, min_sites=self.wishes.get(i, policy.min_sites))
+
     def payload(self, i: int) -> ref.Vector:
-        raw = seeded(f"{self.name}, payload {i}", 4 * self.binding.d + 5 * self.binding.k)
+        raw = seeded(f"{self.payloads}, payload {i}", 4 * self.binding.d + 5 * self.binding.k)
         tail = raw[4 * self.binding.d :]
         ring = [int.from_bytes(raw[4 * j :][:4], "little") for j in range(self.binding.d)]
         return ring, [int.from_bytes(tail[5 * j :][:5], "little") for j in range(self.binding.k)]
@@ -140,9 +152,12 @@ class Attempt:
         return {
             "identity_key": site.identity.hex(),
             "id": own.hex(),
+            "policy": {"min_sites": self.wishes[i]} if i in self.wishes else {},
+            "min_survivors": site.policy.min_survivors,
             "random": tape.hex(),
             "ring": site.payload[0],
             "tail": site.payload[1],
+            "content_digest": ref.content_digest(self.binding, site.payload).hex(),
             "encryption_key": secrets.encryption_key.hex(),
             "mask_key": secrets.mask_key.hex(),
             "self_seed": secrets.self_seed.hex(),
@@ -153,6 +168,11 @@ class Attempt:
 
 
 ALL5, ALL7 = range(1, 6), range(1, 8)
+AGAIN: Json = {"payloads": "again", "purpose": 1}
+OTHER_RUN: Json = {
+    "run_id": seeded("run 2", 16), "round_index": 0, "attempt": 1,
+    "config_digest": seeded("config 2", 32), "model_digest": seeded("model 2", 32),
+}  # fmt: skip
 ATTEMPTS = [
     Attempt("n3_t3", "three sites, no dropout; d is no multiple of 4", 3, 3, 1, 5, 2, *[range(1, 4)] * 4),
     Attempt("n5_t4", "five sites, no dropout", 5, 4, 1, 4, 1, *[ALL5] * 4),
@@ -163,6 +183,18 @@ ATTEMPTS = [
     Attempt("n7_t5", "site 6 is silent after its shares, site 1 after its masked vector; ring only", 7, 5, 2, 7, 0,
             ALL7, [1, 2, 3, 4, 5, 7], *[[2, 3, 4, 5, 7]] * 2),
     Attempt("tail_only", "counts of a validation: no ring", 3, 3, 1, 0, 3, *[range(1, 4)] * 4),
+    Attempt("n5_t4_wish", "site 5 wants all five in the sum, and nobody drops out", 5, 4, 1, 2, 1, *[ALL5] * 4,
+            wishes={5: 5}),
+    Attempt("n5_t4_wish_silent", "site 5 wants all five in the sum, but is no recipient", 5, 4, 1, 2, 1,
+            *[range(1, 5)] * 4, wishes={5: 5}),
+    Attempt("n4_t3_again", "counts of four sites, attempt 1", 4, 3, 1, 2, 1, *[range(1, 5)] * 4, **AGAIN, attempt=1),
+    Attempt("n6_t4_again", "the same counts and two sites more, attempt 2", 6, 4, 1, 2, 1, *[range(1, 7)] * 4, **AGAIN),
+    Attempt("n6_t4_again_run", "the same counts and two sites more, in another run", 6, 4, 1, 2, 1, *[range(1, 7)] * 4,
+            **AGAIN, **OTHER_RUN),
+    Attempt("n6_t5_again_run", "as n6_t4_again_run with a threshold that makes quorums meet", 6, 5, 1, 2, 1,
+            *[range(1, 7)] * 4, **AGAIN, **OTHER_RUN),
+    Attempt("n4_t3_again_run", "the same counts of the same sites in another run", 4, 3, 1, 2, 1, *[range(1, 5)] * 4,
+            **AGAIN, **OTHER_RUN),
 ]  # fmt: skip
 BY_NAME = {attempt.name: attempt for attempt in ATTEMPTS}
 
@@ -189,6 +221,22 @@ def fail_keys() -> list[Json]:
         case("attempt was answered before", "n3_t3", 1, "out-of-turn", {}, memory={"attempt": 2}),
         case("attempt below one that was answered", "n3_t3", 1, "out-of-turn", {}, memory={"attempt": 3}),
         case("survivors of this sum were signed", "n3_t3", 1, "out-of-turn", {}, memory={"attempt": 1, "signed": True}),
+        case(
+            "survivors were signed in attempt 1",
+            "n6_t4_again",
+            1,
+            "out-of-turn",
+            {},
+            earlier={"base": "n4_t3_again", "answered": 4},
+        ),
+        case(
+            "attempt 2 was answered",
+            "n4_t3_again",
+            1,
+            "out-of-turn",
+            {},
+            earlier={"base": "n6_t4_again", "answered": 1},
+        ),
     ]
 
 
@@ -198,28 +246,36 @@ def fail_shares() -> list[Json]:
     honest = {i: ref.read_advert(advert) for i, advert in base.adverts.items()}
     binding = base.binding
 
-    def advert(identity: bytes = POOL[1], about: ref.Binding = binding, use: str = "advert", **parts: bytes) -> bytes:
+    def body(a: ref.Advert) -> bytes:
+        start = a.magic + a.binding + a.min_survivors.to_bytes(2, "little")
+        return start + a.id + a.encryption_key + a.mask_key + a.commitment
+
+    def advert(identity: bytes = POOL[1], about: ref.Binding = binding, use: str = "advert", **parts: Any) -> bytes:
         """An advert that `identity` really signed, with other parts."""
         a = honest[2]._replace(id=ref.ed25519_public(identity), binding=about.encode())._replace(**parts)
-        body = a.magic + a.binding + a.id + a.encryption_key + a.mask_key + a.commitment
-        return body + ref.sign(identity, ref.domain(use) + body)
+        return body(a) + ref.sign(identity, ref.domain(use) + body(a))
 
     def keys(failure: str, name: str, *key_list: int | bytes, t: int = 3, on: str = "n3_t3", **more: Any) -> Json:
         return case(name, on, 2, failure, {"t": t, "key_list": list(key_list)}, **more)
 
     def swapped(name: str, **parts: bytes) -> Json:
         a = honest[2]._replace(**parts)
-        raw = a.magic + a.binding + a.id + a.encryption_key + a.mask_key + a.commitment + a.signature
-        return keys("signature", name, 1, raw, 3)
+        return keys("signature", name, 1, body(a) + a.signature, 3)
 
     def about(failure: str, name: str, **parts: Any) -> Json:
         return keys(failure, name, 1, advert(about=replace(binding, **parts)), 3)
 
-    own = ref.make_advert(POOL[0], binding.encode(), ref.make_secrets(Tape("other keys of site 1")))
-    fresh = ref.make_advert(SPARE, binding.encode(), ref.make_secrets(Tape("keys of the spare member")))
-    bit = bytes([base.adverts[1][277] ^ 1])
+    def public(u: int) -> bytes:
+        return u.to_bytes(32, "little")
+
+    own = ref.make_advert(POOL[0], binding.encode(), 3, ref.make_secrets(Tape("other keys of site 1")))
+    fresh = ref.make_advert(SPARE, binding.encode(), 3, ref.make_secrets(Tape("keys of the spare member")))
+    bit = bytes([base.adverts[1][279] ^ 1])
+    top = public(int.from_bytes(honest[2].mask_key, "little") | 1 << 255)
+    spelled_twice = public(9 + ref.FIELD)  # 9 + p is below 2^255, and a second spelling of the base point
+    first = {"exchange": 2, "instruction": {"t": 4, "key_list": list(ALL5)}}
     other = seeded("another digest", 32)
-    tampered = base.adverts[1][:277] + bit + base.adverts[1][278:]
+    tampered = base.adverts[1][:279] + bit + base.adverts[1][280:]
     long = BY_NAME["n7_t5"]
     nine = [*long.adverts.values(), fresh, fresh]
     return [
@@ -229,18 +285,35 @@ def fail_shares() -> list[Json]:
         keys("malformed", "one byte too many", 1, 2, base.adverts[3] + b"\0"),
         keys("malformed", "more members than max_sites", *nine),
         keys("malformed", "other magic", 1, advert(magic=b"WSK2"), 3),
+        keys("malformed", "other magic, signed by nobody", 1, b"WSK2" + base.adverts[2][4:], 3),
+        *(keys("malformed", f"{kind}: {name}", 1, advert(**{kind: key}), 3)
+          for kind in ("encryption_key", "mask_key")
+          for name, key in (
+              ("p + 9", spelled_twice), ("p", public(ref.FIELD)), ("top bit set", top), ("2^256 - 1", b"\xff" * 32),
+              *((f"low order, {i}", public(u)) for i, u in enumerate(sorted(ref.LOW_ORDER))))),
+        keys("malformed", "own advert with a key of low order", advert(POOL[0], mask_key=bytes(32)), 2, 3),
+        keys("malformed", "min_survivors of 2", 1, advert(min_survivors=2), 3),
+        keys("malformed", "min_survivors of 1025", 1, advert(min_survivors=1025), 3),
+        about("malformed", "purpose 0", purpose=0),
+        about("malformed", "purpose 5", purpose=5),
+        about("malformed", "attempt 0", attempt=0),
+        about("malformed", "k above 2^20", k=2**20 + 1),
+        about("malformed", "d above 2^32", d=2**32 + 1),
+        about("malformed", "max_sites of 2", max_sites=2),
+        about("malformed", "max_sites of 1025", max_sites=1025),
         keys("malformed", "ids out of order", 2, 1, 3),
         keys("malformed", "a member twice", 1, 2, 2, 3),
         keys("unknown-member", "unknown member", *by_id(base, advert(STRANGER))),
         keys("unknown-member", "revoked member", *by_id(base, advert(REVOKED))),
         keys("unknown-member", "member revoked since", 1, 2, 3,
              policy={"active": [a.id.hex() for a in (honest[1], honest[3])]}),
-        keys("signature", "unsigned", 1, base.adverts[2][:309] + bytes(64), 3),
-        keys("signature", "signed by another member", 1, base.adverts[2][:309] + advert(POOL[2])[309:], 3),
+        keys("signature", "unsigned", 1, base.adverts[2][:311] + bytes(64), 3),
+        keys("signature", "signed by another member", 1, base.adverts[2][:311] + advert(POOL[2])[311:], 3),
         keys("signature", "signed for another use", 1, advert(use="survivors"), 3),
         swapped("swapped encryption key", encryption_key=ref.x25519_public(seeded("attacker", 32))),
         swapped("swapped mask key", mask_key=ref.x25519_public(seeded("attacker", 32))),
         swapped("swapped commitment", commitment=other),
+        swapped("another min_survivors", min_survivors=4),
         keys("signature", "own advert altered", tampered, 2, 3),
         about("other-roster", "other roster", roster_digest=other),
         about("other-config", "other config", config_digest=other),
@@ -263,22 +336,29 @@ def fail_shares() -> list[Json]:
         keys("repeated-key", "mask key as encryption key", 1, advert(encryption_key=honest[2].mask_key), 3),
         keys("repeated-key", "commitment of another member", 1, advert(commitment=honest[3].commitment), 3),
         keys("threshold", "threshold too low", 1, 2, 3, t=2),
+        about("other-sum", "other model of one member, other config of another", model_digest=other) | {
+            "instruction": {"t": 3, "key_list": hexes([
+                1, advert(about=replace(binding, model_digest=other)),
+                advert(POOL[2], replace(binding, config_digest=other))])}},
         keys("threshold", "threshold above n", 1, 2, 3, t=4),
+        keys("threshold", "a member that wants more survivors than members", 1, advert(min_survivors=4), 3),
         keys("threshold", "2t = n + c + f", *ALL5, t=3, on="n5_t4"),
         keys("threshold", "t - c - f = 1", 1, 2, 3, policy={"c": 2}),
         keys("threshold", "an invented hospital: 2t = n + c + f", *ALL5, t=4, on="n5_t4_shares",
              policy={"verified": verified("n5_t4_shares", 1, 2, 3, 4)}),
         keys("threshold", "fewer than min_sites verified", *ALL5, t=4, on="n5_t4", policy={"min_sites": 6}),
-        keys("out-of-turn", "second key list in one attempt", *ALL5, t=5, on="n5_t4",
-             before=[{"exchange": 2, "instruction": {"t": 4, "key_list": list(ALL5)}}],
-             note="not in the tables: each exchange of an attempt is answered once"),
+        keys("out-of-turn", "second key list in one attempt: other threshold", *ALL5, t=5, on="n5_t4", before=[first]),
+        keys("out-of-turn", "second key list in one attempt: one member less", 1, 2, 3, 4, t=4, on="n5_t4",
+             before=[first]),
+        keys("out-of-turn", "second key list in one attempt, malformed", 1, 2, t=4, on="n5_t4", before=[first]),
+        keys("out-of-turn", "before the advert", 1, 2, t=3, answered=0),
     ]  # fmt: skip
 
 
 def by_id(base: Attempt, *extra: bytes, without: int = 0) -> list[int | bytes]:
     items: list[int | bytes] = [i for i in base.adverts if i != without]
     items += extra
-    return sorted(items, key=lambda item: (base.adverts[item] if isinstance(item, int) else item)[181:213])
+    return sorted(items, key=lambda item: (base.adverts[item] if isinstance(item, int) else item)[183:215])
 
 
 def verified(name: str, *members: int) -> list[str]:
@@ -326,9 +406,24 @@ def fail_masked() -> list[Json]:
         masked("share", "seed value is p", from_2(at_p + two), 3, 4, 5),
         masked("share", "key value is p", from_2(two + at_p), 3, 4, 5),
         masked("share", "value of 33 bytes of ff", from_2(b"\xff" * 66), 3, 4, 5),
+        masked("malformed", "wrong length, and the site itself left out", 2, 3, 4, members=[2, 3, 4, 5]),
+        masked("malformed", "wrong length, and fewer than t recipients", 2, members=[1, 2, 3]),
         masked("out-of-turn", "before the shares", 2, 3, 4, 5, answered=1),
-        masked("out-of-turn", "second recipients in one attempt", 2, 3, 4, members=[1, 2, 3, 4], before=[first],
-               note="not in the tables: each exchange of an attempt is answered once"),
+        masked("out-of-turn", "before the shares, malformed", recipients=b"", answered=1),
+        masked("out-of-turn", "second recipients in one attempt", 2, 3, 4, members=[1, 2, 3, 4], before=[first]),
+        masked("out-of-turn", "other ciphertexts in one attempt", 2, 3, 4, sent[5][:-1] + bytes([sent[5][-1] ^ 1]),
+               before=[first]),
+        masked("out-of-turn", "second recipients in one attempt, malformed", recipients=b"", before=[first]),
+        *(masked("difference", f"quorums that do not meet between two {what}", *range(2, 7), on=on,
+                 recipients=BY_NAME[on].recipients, earlier={"base": "n4_t3_again", "answered": 3})
+          for what, on in (("attempts", "n6_t4_again"), ("runs", "n6_t4_again_run"))),
+        masked("difference", "quorums that do not meet: the smaller list comes second", 2, 3, 4, on="n4_t3_again_run",
+               recipients=b"\x0f", earlier={"base": "n6_t4_again", "answered": 3}),
+        masked("difference", "quorums that do not meet: one more colluder", *range(2, 7), on="n6_t5_again_run",
+               recipients=b"\x3f", earlier={"base": "n4_t3_again", "answered": 3}, policy={"c": 2}),
+        masked("difference", "quorums that do not meet: a member of the earlier list was not verified", 2, 3, 4,
+               on="n4_t3_again", recipients=b"\x0f", earlier={"base": "n6_t5_again_run", "answered": 3},
+               policy={"verified": verified("n4_t3_again", 1, 2, 3, 4)}),
     ]  # fmt: skip
 
 
@@ -346,13 +441,24 @@ def fail_consistency() -> list[Json]:
         survivors("malformed", "a survivor that is no recipient", *ALL5, on="n5_t4_keys"),
         survivors("own-keys", "survivors without the site itself", 2, 3, 4, 5),
         survivors("out-of-turn", "before the masked vector", *ALL5, answered=2),
+        survivors("out-of-turn", "before the masked vector, malformed", bitmap=b"", answered=2),
         survivors("threshold", "fewer than t survivors", 1, 2, 3),
         survivors("threshold", "fewer than min_sites survivors", 1, 2, 3, 4, policy={"min_sites": 5}),
         survivors("threshold", "fewer than t verified survivors", 1, 3, 4, 5,
                   policy={"verified": verified("n5_t4", 1, 2, 3, 4)}),
+        survivors("threshold", "fewer survivors than a recipient wants that is not among them", 1, 2, 3, 4,
+                  on="n5_t4_wish"),
+        survivors("threshold", "fewer survivors than a survivor wants", 1, 3, 4, 5, on="n5_t4_wish"),
         survivors("survivors", "two survivor sets", 1, 2, 3, 4, before=[first]),
-        survivors("difference", "payload in a sum with other survivors before", *ALL5,
-                  memory={"payload_with": verified("n5_t4", 1, 2, 3, 4)}),
+        survivors("survivors", "two survivor sets, the second too small", 1, 2, before=[first]),
+        survivors("survivors", "two survivor sets, the second malformed", bitmap=b"", before=[first]),
+        survivors("difference", "the same payload with other survivors, in another run", on="n6_t5_again_run",
+                  bitmap=b"\x3f", earlier={"base": "n4_t3_again", "answered": 4}),
+        survivors("difference", "the same payload with fewer survivors, in another run", on="n4_t3_again_run",
+                  bitmap=b"\x07", earlier={"base": "n4_t3_again", "answered": 4}),
+        survivors("difference", "the same payload with other survivors, as the book says", *ALL5,
+                  memory={"given": [{"t": 4, "ids": verified("n5_t4", *ALL5),
+                                     "survivors": verified("n5_t4", 1, 2, 3, 4)}]}),
     ]  # fmt: skip
 
 
@@ -390,9 +496,10 @@ def fail_unmask() -> list[Json]:
         unmask("threshold", "no signature", members=[]),
         unmask("threshold", "too few verified signers", 1, 2, 3, 5, members=[1, 2, 3, 5], on="n5_t4",
                policy={"verified": verified("n5_t4", 1, 2, 3, 4)}),
-        unmask("out-of-turn", "before it signed", *alive, answered=3,
-               note="not in the tables: a site that signed nothing has no statement to check against"),
+        unmask("out-of-turn", "before it signed", *alive, answered=3),
+        unmask("out-of-turn", "before it signed, malformed", signers=b"", answered=3),
         unmask("out-of-turn", "second unmask", 1, 2, 3, 4, members=[1, 2, 3, 4], before=[first], on="n5_t4"),
+        unmask("out-of-turn", "second unmask, malformed", signers=b"", before=[first], on="n5_t4"),
     ]  # fmt: skip
 
 
@@ -427,8 +534,9 @@ def recovery() -> list[Json]:
 
     return [
         answers("one answer missing", {3: None}, wrong=[]),
-        answers("site 2 lies about site 1's seed", {2: off(2, 1)}, wrong=[2]),
-        answers("site 5 lies about its own seed", {5: off(5, 5)}, wrong=[5]),
+        answers("site 2 lies about site 1's seed", {2: off(2, 1)}, wrong=[[1, 2]]),
+        answers("site 5 lies about its own seed", {5: off(5, 5)}, wrong=[[5, 5]]),
+        answers("two sites lie, each about another seed", {2: off(2, 1), 3: off(3, 4)}, wrong=[[1, 2], [4, 3]]),
         answers("a lie, and no answer to spare", {2: off(2, 1), 3: None}, failure="share"),
         answers("two lies about one seed", {2: off(2, 1), 3: off(3, 1)}, failure="share"),
         answers("too few answers", {2: None, 3: None}, failure="threshold"),
@@ -437,7 +545,7 @@ def recovery() -> list[Json]:
 
 
 def fixed_point() -> list[Json]:
-    """Values are float32, rounding the u32 of the stream of §S10 (whose key the specification does not define)."""
+    """Values are float32, rounding the u32 of a stream as in §S10."""
 
     def one(about: str, x: list[float], w: int, largest_w: int, range_r: float, max_sites: int, r: list[int]) -> Json:
         ring, clipped = ref.quantise(x, w, largest_w, range_r, max_sites, r)
@@ -451,6 +559,15 @@ def fixed_point() -> list[Json]:
         one("weight 3 of 7", [0.125, -0.125, 0.5], 3, 7, 1.0, 8, [1, half, top]),
         one("both ends, rounded both ways", [2.0, 2.0, -2.0, -2.0], 5, 5, 2.0, 1024, [0, top, 0, top]),
         one("outside the range: clipped and counted", [3.0, -3.0, 2.0**100], 5, 5, 2.0, 10, [0, 0, half]),
+        one(
+            "rounding of (seed 7, site north, round 3)",
+            [0.01, -0.02, 0.03, 0.04],
+            2,
+            3,
+            1.0,
+            10,
+            ref.rounding(7, "north", 3, 4),
+        ),
         one("float64 rounds the draw up: the value is limit, not limit - 1", [1.0], 1, 1, 1.0, 3, [top]),
     ]
 

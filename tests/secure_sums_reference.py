@@ -10,7 +10,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, pairwise
+from itertools import combinations, islice, pairwise
 from typing import NamedTuple
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 P = 2**256 + 297
-ADVERT_BYTES, CIPHERTEXT_BYTES, VALUE_BYTES, SIGNATURE_BYTES = 373, 82, 33, 64
+ADVERT_BYTES, CIPHERTEXT_BYTES, VALUE_BYTES, SIGNATURE_BYTES = 375, 82, 33, 64
 Random = Callable[[int], bytes]
 Vector = tuple[list[int], list[int]]
 """d values modulo 2^32, k values modulo 2^64."""
@@ -103,6 +103,11 @@ class Policy:
     c: int
     min_sites: int
 
+    @property
+    def min_survivors(self) -> int:
+        """What this site's adverts ask everybody to respect."""
+        return self.min_sites + len(self.active - self.verified)
+
 
 def smallest_threshold(n: int, c: int) -> int:
     return max((n + c) // 2 + 1, c + 2)
@@ -114,6 +119,22 @@ def check_parameters(t: int, ids: Sequence[bytes], policy: Policy) -> None:
     check(2 * t > n + policy.c + f, "threshold", "2t <= n + c + f")
     check(t - policy.c - f >= 2, "threshold", "t - c - f < 2")
     check(n - f >= policy.min_sites, "threshold", "fewer than min_sites verified members")
+
+
+class Giving(NamedTuple):
+    """A payload that was given: under t and a key list; with whom it was signed into a sum, None where it was not."""
+
+    t: int
+    ids: frozenset[bytes]
+    survivors: frozenset[bytes] | None = None
+
+
+def check_quorums_meet(now: Giving, before: Iterable[Giving], policy: Policy) -> None:
+    """Any quorum of this list and any of one before share an honest member."""
+    for other in before:
+        union = now.ids | other.ids
+        unverified = len(union - policy.verified)
+        check(now.t + other.t > len(union) + policy.c + unverified, "difference", "t + t' <= |union| + c + f")
 
 
 # ---- S4. Binding
@@ -138,6 +159,14 @@ class Binding:
         numbers = (self.round_index, self.purpose, self.attempt, self.d, self.k, self.max_sites, self.range_r)
         digests = self.roster_digest + self.config_digest + self.model_digest + self.input_digest
         return self.run_id + struct.pack("<IBIQIId", *numbers) + digests
+
+
+def check_ranges(binding: bytes) -> None:
+    """The bounds of §S1 and §S3, and a clipping range that is one."""
+    _, _, purpose, attempt, d, k, max_sites, range_r = struct.unpack("<16sIBIQIId", binding[:49])
+    check(1 <= purpose <= 4 and attempt >= 1, "malformed", "purpose or attempt")
+    check(d <= 2**32 and k <= 2**20 and 3 <= max_sites <= 1024, "malformed", "d, k or max_sites")
+    check(math.isfinite(range_r) and range_r > 0, "malformed", "clipping range")
 
 
 DIGESTS = {49: "other-roster", 81: "other-config", 113: "other-model", 145: "other-input"}
@@ -172,10 +201,11 @@ def commitment(self_seed: bytes, binding: bytes, member_id: bytes) -> bytes:
     return hkdf(self_seed, "commitment", h(binding) + member_id)
 
 
-def make_advert(identity: bytes, binding: bytes, secrets: Secrets) -> bytes:
+def make_advert(identity: bytes, binding: bytes, min_survivors: int, secrets: Secrets) -> bytes:
     own_id = ed25519_public(identity)
     keys = x25519_public(secrets.encryption_key) + x25519_public(secrets.mask_key)
-    body = b"WSK1" + binding + own_id + keys + commitment(secrets.self_seed, binding, own_id)
+    committed = commitment(secrets.self_seed, binding, own_id)
+    body = b"WSK1" + binding + struct.pack("<H", min_survivors) + own_id + keys + committed
     return body + sign(identity, domain("advert") + body)
 
 
@@ -183,6 +213,7 @@ class Advert(NamedTuple):
     raw: bytes
     magic: bytes
     binding: bytes
+    min_survivors: int
     id: bytes
     encryption_key: bytes
     mask_key: bytes
@@ -191,7 +222,44 @@ class Advert(NamedTuple):
 
 
 def read_advert(raw: bytes) -> Advert:
-    return Advert(raw, *struct.unpack("4s177s32s32s32s32s64s", raw))
+    return Advert(raw, *struct.unpack("<4s177sH32s32s32s32s64s", raw))
+
+
+FIELD = 2**255 - 19
+
+
+def low_order_points() -> set[int]:
+    """u of the points of order 1, 2, 4 and 8 on Curve25519 and its twist, from the curve's equation.
+
+    Doubling (RFC 7748 §5, affine): u(2P) = (u² − 1)² / (4u (u² + A u + 1)), A = 486662. A point of order 2 has u = 0
+    (the point at infinity is u = 0, too); of order 4 it doubles to u = 0, so u² = 1; of order 8 to u = ±1.
+    """
+    points = {0, 1, FIELD - 1}
+
+    def roots(a: int) -> list[int]:
+        """Square roots modulo 2^255 − 19, which is 5 modulo 8."""
+        for root in (pow(a, (FIELD + 3) // 8, FIELD), pow(a, (FIELD + 3) // 8, FIELD) * pow(2, FIELD // 4, FIELD)):
+            if root * root % FIELD == a % FIELD:
+                return [root % FIELD, -root % FIELD]
+        return []
+
+    # (u² − 1)² = 4u (u² + A u + 1) s for s = ±1; divided by u², with w = u + 1/u: w² − 4 = 4s (w + A),
+    # and so w = 2s ± sqrt(8 + 4sA), and u = (w ± sqrt(w² − 4)) / 2.
+    half = pow(2, -1, FIELD)
+    for s in (1, -1):
+        for root in roots(8 + 4 * s * 486662):
+            w = (2 * s + root) % FIELD
+            points |= {(w + other) * half % FIELD for other in roots(w * w - 4)}
+    return points
+
+
+LOW_ORDER = low_order_points()
+
+
+def check_public_key(public: bytes) -> None:
+    """Of X25519: its one encoding, and a key whose shared secrets not everybody knows."""
+    u = int.from_bytes(public, "little")
+    check(u < FIELD and u not in LOW_ORDER, "malformed", "public key")
 
 
 def read_key_list(key_list: bytes) -> list[Advert]:
@@ -209,17 +277,22 @@ def check_key_list(t: int, key_list: bytes, own_advert: bytes, max_sites: int, p
     n, rest = divmod(len(key_list), ADVERT_BYTES)
     check(rest == 0 and 3 <= n <= max_sites, "malformed", "length")
     adverts = read_key_list(key_list)
-    check(all(a.magic == b"WSK1" for a in adverts), "malformed", "magic")
+    for a in adverts:
+        check(a.magic == b"WSK1" and 3 <= a.min_survivors <= 1024, "malformed", "magic or min_survivors")
+        check_ranges(a.binding)
+        check_public_key(a.encryption_key)
+        check_public_key(a.mask_key)
     ids = [a.id for a in adverts]
     check(all(x < y for x, y in pairwise(ids)), "malformed", "order of ids")
     check(policy.active.issuperset(ids), "unknown-member")
     for a in adverts:
-        check_signature(a.id, a.signature, domain("advert") + a.raw[:309])
+        check_signature(a.id, a.signature, domain("advert") + a.raw[:311])
     check_bindings(read_advert(own_advert).binding, [a.binding for a in adverts])
     check(own_advert in [a.raw for a in adverts], "own-keys")
     keys = [key for a in adverts for key in (a.encryption_key, a.mask_key)]
     check(len(set(keys)) == 2 * n and len({a.commitment for a in adverts}) == n, "repeated-key")
     check_parameters(t, ids, policy)
+    check(max(a.min_survivors for a in adverts) <= n, "threshold", "a member wants more survivors than members")
     return adverts
 
 
@@ -324,13 +397,20 @@ def statement(digest: bytes, recipients: bytes, survivors: bytes) -> bytes:
     return domain("survivors") + digest + recipients + survivors
 
 
+def content_digest(binding: Binding, payload: Vector) -> bytes:
+    """What a site knows a payload by. Its own bytes are not said in §S9: here, as a vector travels."""
+    model = b"" if binding.purpose == 1 else binding.model_digest
+    content = domain("content") + bytes([binding.purpose]) + model + binding.input_digest
+    return h(content + encode_vector(payload))
+
+
 @dataclass
 class Memory:
-    """What a site never forgets: of a sum its highest attempt and what it signed, of a payload the survivors."""
+    """What a site never forgets: of a sum its highest attempt and what it signed, of a payload how it was given."""
 
     attempts: dict[bytes, int] = field(default_factory=dict)
     signed: dict[bytes, bytes] = field(default_factory=dict)
-    payloads: dict[bytes, frozenset[bytes]] = field(default_factory=dict)
+    payloads: dict[bytes, list[Giving]] = field(default_factory=dict)
 
 
 class Site:
@@ -344,12 +424,14 @@ class Site:
         self.policy = Policy(policy.active, policy.verified | {self.id}, policy.c, policy.min_sites)
         self.answers: dict[int, tuple[object, bytes]] = {}
         self.sum = binding.encode()[:21]
+        self.given = memory.payloads.setdefault(content_digest(binding, payload), [])
 
     def _answer(self, exchange: int, instruction: object, make: Callable[[], bytes]) -> bytes:
         newest = self.memory.attempts.get(self.sum, 0)
         check(self.binding.attempt >= newest, "out-of-turn", "a higher attempt was answered")
         if exchange in self.answers:
-            check(self.answers[exchange][0] == instruction, "out-of-turn", "another instruction was answered")
+            word = "survivors" if exchange == 4 else "out-of-turn"
+            check(self.answers[exchange][0] == instruction, word, "another instruction was answered")
         else:
             check(all(earlier in self.answers for earlier in range(1, exchange)), "out-of-turn", "too early")
             reply = make()
@@ -364,7 +446,7 @@ class Site:
         check(self.binding.attempt > self.memory.attempts.get(self.sum, 0), "out-of-turn", "attempt was answered")
         self.memory.attempts[self.sum] = self.binding.attempt
         self.secrets = make_secrets(self.random)
-        self.advert = make_advert(self.identity, self.binding.encode(), self.secrets)
+        self.advert = make_advert(self.identity, self.binding.encode(), self.policy.min_survivors, self.secrets)
         return self.advert
 
     def shares(self, t: int, key_list: bytes) -> bytes:
@@ -393,32 +475,38 @@ class Site:
         check(len(ciphertexts) == len(others) * CIPHERTEXT_BYTES, "malformed", "length of the ciphertexts")
         check(self.number in members, "own-keys")
         check_quorum(members, self.adverts, self.t, self.policy.min_sites, self.policy)
-        streams = {}
+        opened, streams = {}, {}
         for at, u in enumerate(others):
             a, ciphertext = self.adverts[u - 1], ciphertexts[at * CIPHERTEXT_BYTES :][:CIPHERTEXT_BYTES]
             key = share_key(self.secrets.encryption_key, a.encryption_key, self.digest, a.id, self.id)
-            self.pairs[u] = decrypt_pair(key, self.digest, a.id, self.id, ciphertext)
+            opened[u] = decrypt_pair(key, self.digest, a.id, self.id, ciphertext)
             key = pair_key(self.secrets.mask_key, a.mask_key, self.digest, self.id, a.id)
             streams[u] = stream(key, self.binding.d, self.binding.k)
+        now = Giving(self.t, frozenset(a.id for a in self.adverts))
+        check_quorums_meet(now, self.given, self.policy)
+        self.given.append(now)
+        self.pairs |= opened
         self.recipients = recipients
         own = stream(self_key(self.secrets.self_seed, self.digest, self.id), self.binding.d, self.binding.k)
         return encode_vector(mask(self.payload, self.number, members, own, streams))
 
     def consistency(self, survivors: bytes) -> bytes:
-        if 4 in self.answers and self.answers[4][0] != survivors:
-            return self._consistency(survivors)  # refused by check 5, or an earlier one
         return self._answer(4, survivors, lambda: self._consistency(survivors))
 
     def _consistency(self, survivors: bytes) -> bytes:
         members = read_bitmap(survivors, self.n)
-        check(set(members) <= set(read_bitmap(self.recipients, self.n)), "malformed", "a survivor is no recipient")
+        recipients = read_bitmap(self.recipients, self.n)
+        check(set(members) <= set(recipients), "malformed", "a survivor is no recipient")
         check(self.number in members, "own-keys")
         check_quorum(members, self.adverts, self.t, self.policy.min_sites, self.policy)
+        wanted = max(self.adverts[i - 1].min_survivors for i in recipients)
+        check(len(members) >= wanted, "threshold", "a recipient wants more survivors")
         said = statement(self.digest, self.recipients, survivors)
         check(self.memory.signed.get(self.sum, said) == said, "survivors")
-        ids, payload_digest = frozenset(self.adverts[i - 1].id for i in members), h(encode_vector(self.payload))
-        check(self.memory.payloads.get(payload_digest, ids) == ids, "difference")
-        self.memory.signed[self.sum], self.memory.payloads[payload_digest] = said, ids
+        ids = frozenset(self.adverts[i - 1].id for i in members)
+        check(all(giving.survivors in (None, ids) for giving in self.given), "difference", "other survivors before")
+        self.memory.signed[self.sum] = said
+        self.given.append(Giving(self.t, frozenset(a.id for a in self.adverts), ids))
         self.said, self.survivors = said, members
         return sign(self.identity, said)
 
@@ -444,7 +532,7 @@ class Site:
 
 def find_secret(points: dict[int, int], t: int, fits: Callable[[bytes], bool]) -> tuple[bytes, set[int]]:
     """The secret that t of the shares give, and the members whose share lies off their polynomial."""
-    for subset in combinations(points, t):
+    for subset in islice(combinations(points, t), 5000):
         chosen = {i: points[i] for i in subset}
         value = interpolate(chosen)
         if value < 2**256 and fits(value.to_bytes(32, "little")):
@@ -454,8 +542,8 @@ def find_secret(points: dict[int, int], t: int, fits: Callable[[bytes], bool]) -
 
 def recover(
     t: int, key_list: bytes, recipients: bytes, survivors: bytes, masked: dict[int, bytes], answers: dict[int, bytes]
-) -> tuple[Vector, set[int]]:
-    """The sum of the survivors' payloads, and the members whose shares were wrong.
+) -> tuple[Vector, set[tuple[int, int]]]:
+    """The sum of the survivors' payloads, and who dealt and who answered with a share that did not fit.
 
     The specification has no words for the coordinator's failures; those here are the nearest of its tables.
     """
@@ -468,7 +556,7 @@ def recover(
         total = add(total, decode_vector(masked[i], d, k))
     answers = {i: data for i, data in answers.items() if len(data) == VALUE_BYTES * len(shared)}
     check(len(answers) >= t, "threshold", "too few answers")
-    liars: set[int] = set()
+    misfits: set[tuple[int, int]] = set()
     for at, u in enumerate(shared):
         a = adverts[u - 1]
         points = {i: int.from_bytes(data[at * VALUE_BYTES :][:VALUE_BYTES], "little") for i, data in answers.items()}
@@ -481,8 +569,8 @@ def recover(
                 other = adverts[v - 1]
                 pair = stream(pair_key(key, other.mask_key, digest, a.id, other.id), d, k)
                 total = add(total, pair, -1 if u > v else 1)
-        liars |= off
-    return total, liars
+        misfits |= {(u, i) for i in off}
+    return total, misfits
 
 
 # ---- S10. Fixed point
@@ -494,6 +582,14 @@ def limit(max_sites: int) -> int:
 
 def scale(range_r: float, max_sites: int) -> float:
     return (limit(max_sites) - 1) / range_r
+
+
+def rounding(seed: int, site: str, round_index: int, d: int) -> list[int]:
+    """The u32 that round a site's update in one round (protocol.md §2, rule 7, for the key)."""
+    labels = [f"i{seed}", "srounding", f"s{site}", f"i{round_index}"]
+    named = b"".join(len(label.encode()).to_bytes(4, "little") + label.encode() for label in labels)
+    key = hashlib.blake2b(b"wardround 1 stream" + named, digest_size=32).digest()
+    return stream(key, d, 0)[0]
 
 
 def quantise(
