@@ -207,7 +207,7 @@ def share(
     Raises:
         SumError: the first check of §S6 that does not hold; "out-of-turn".
     """
-    request = _request(struct.pack("<I", threshold), key_list)
+    request = _request(struct.pack("<q", threshold), key_list)
     if (reply := _repeated(state, SHARES, request)) is not None:
         return state, reply
     own, secrets = Advert.from_bytes(state.advert), _secrets(state)
@@ -257,12 +257,13 @@ def mask(
     keys, secrets = state.list, _secrets(state)
     me = keys.index(Advert.from_bytes(state.advert).id)
     taking = members_of(recipients, keys.n)
+    others = [member for member in taking if member != me]
+    received = pieces(ciphertexts, len(others), CIPHERTEXT_BYTES, "shares")
     if me not in taking:
         raise SumError("own-keys", "recipients: this site is not among them")
     _enough(keys, members, taking, "recipients")
-    others = [member for member in taking if member != me]
     opened: dict[int, bytes] = {me: state.own_shares}
-    for member, sealed in zip(others, pieces(ciphertexts, len(others), CIPHERTEXT_BYTES, "shares"), strict=True):
+    for member, sealed in zip(others, received, strict=True):
         try:
             pair = AESGCM(_share_key(keys, secrets, me, member, sending=False)).decrypt(
                 _NONCE, sealed, _share_data(keys, member, me)
