@@ -224,7 +224,9 @@ class SecureSums:
             attempt.close_sum()
         except SumError:  # fewer than t: the failures say who
             return None
-        return attempt if len(attempt.survivors) >= consortium.config.federation.min_sites else None
+        # Sites that sign go by the largest wish of a recipient: with fewer nobody would, and the sum would be lost.
+        wished = max(attempt.adverts[site].min_survivors for site in attempt.recipients)
+        return attempt if len(attempt.survivors) >= max(wished, consortium.config.federation.min_sites) else None
 
     def _unmasked(self, work: Work, attempt: Attempt, failures: dict[str, str], traffic: Traffic) -> Total:
         """Exchanges 4 and 5."""

@@ -9,7 +9,8 @@ were sent anyway, names of sites.
     journal/baseline.record        validation of round 0
     journal/round-00001-apply.record     who is in the sum, statistics, the new vector, the optimizer's state
     journal/round-00001-validate.record  validation, the decision, the line of rounds.jsonl
-    journal/evaluate.record        the sum of the sites' test counts
+    journal/evaluate.record        the sum of the sites' test counts; sample questions of open registries
+    journal/evaluate-samples.record      those, while that sum is under way
     journal/finalize.record        the final adapter's digest, who has it
     journal/losses.record          who did not finish which phase, and the code
     journal/*-attempt.record, *-sum.record, *-signed.record   a secure sum under way (server/aggregation.py)

@@ -57,7 +57,12 @@ class Rounds:
         return self.config.federation.validation_questions_per_site > 0
 
     def baseline(self) -> Score:
-        """Validation of round 0, before any training on patients."""
+        """Validation of round 0, before any training on patients.
+
+        Raises:
+            QuorumError: too few sites; resume tries again.
+            LostSumError: too few finished the sum; resume asks the same sites again.
+        """
         if not self.journal.has("baseline"):
             score, about = self._validate("baseline", 0, self.round_zero)
             self.journal.write("baseline", {"score": score, **about})
@@ -212,6 +217,8 @@ class Rounds:
         try:
             total = self.sums.total(work)
         except LostSumError as error:
+            if index == 0:  # without a baseline no round could become the best; its sites may still finish the sum
+                raise
             self.consortium.progress.note(f"round {index}: {error}; nothing is known of its validation")
             return NOTHING, {"failures": {"sum": error.code}, "bytes_up": 0, "bytes_down": 0}
         questions, correct = (int(value) for value in total.tail)

@@ -114,6 +114,8 @@ class Coordinator:
             def take(reply: Reply) -> None:
                 if isinstance(reply, EvaluateReply):
                     samples[reply.site] = read_samples(reply.samples, reply.site, most)
+                    if samples[reply.site]:  # a resumed sum does not always ask for them again
+                        self.journal.write("evaluate-samples", {"samples": samples})
 
             inputs = sums.input_digest(schema.digest(), warmup.digest)
             size = tally_size(schema.names, MODELS)
@@ -121,9 +123,12 @@ class Coordinator:
             tally = Tally.from_vector(total.tail, schema.names, MODELS)
             if tally.n.sum() > len(total.sites) * settings.questions_per_site:
                 raise ProtocolError("sum of test counts: of more questions than were asked for")
+            if self.journal.has("evaluate-samples"):
+                samples = self.journal.read("evaluate-samples").values["samples"]
             shown = [item for site in sorted(samples) for item in samples[site]]
             self.journal.write("evaluate", {"samples": shown, "sites": total.sites}, {"tally": total.tail})
             self.sums.forget("evaluate")
+            self.journal.drop("evaluate-samples")
         record = self.journal.read("evaluate")
         tally = Tally.from_vector(record.vectors["tally"], schema.names, MODELS)
         sections = {feature.name: feature.section for feature in self.dictionary.features}

@@ -76,6 +76,7 @@ def case(
                 "bytes_up": 13_800_000,
                 "bytes_down": 14_000_000,
                 "update_norm_l2": 0.2,
+                "clipped": 0,
                 "validation_accuracy": 0.40 if rolled_back else 0.48 - 0.049 * 0.7**index,
                 "validation_questions": 160,
                 "rolled_back": rolled_back,
@@ -129,7 +130,7 @@ def case(
         "machine": "2 cores, no GPU" + text,
     }
     return {
-        "evaluation": evaluate([counts], sections, 2000, seed=17),
+        "evaluation": evaluate(counts, 4, sections, 2000, seed=17),
         "rounds": records,
         "config": config,
         "provenance": {**facts, "registry": "support_icu" + text, "commit": None, "verified": {"probes": 3}},
@@ -137,9 +138,10 @@ def case(
             "name": "demo",
             "dictionary": {"name": "support_icu", "title": "SUPPORT ICU" + text, "public": public},
             "sites": {
-                site + text: {"patients": 1001 + i, "rounds": rounds if i < 4 else 0, "has_final": i != 2}
+                site + text: {"rounds": rounds if i < 4 else 0, "has_final": i != 2}
                 for i, site in enumerate([*sites, "hospital-5"])
             },
+            "training_patients": 4010,
             "losses": [
                 {"phase": "warm-up", "round": 0, "site": "node 7", "code": "protocol"},
                 {"phase": "train", "round": 2, "site": "hospital-3" + text, "code": "silent"},

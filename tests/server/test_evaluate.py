@@ -10,9 +10,9 @@ from rich.console import Console
 from wardround.common.errors import ProtocolError
 from wardround.common.statistics import Tally, summarise
 from wardround.server.evaluate import (
+    MODELS,
     baselines,
     evaluate,
-    pool,
     read_samples,
     table,
     verdict,
@@ -41,15 +41,14 @@ def summary(*counts: int) -> dict:
     return summarise(tally(*counts), SECTIONS, n_bootstrap=4000)
 
 
-def test_sites_are_pooled_by_adding_their_counts() -> None:
+def test_the_result_follows_from_the_sum_of_the_sites_counts() -> None:
     tallies = [tally(3, 5, 20, 22), tally(0, 1, 9, 30), tally(2, 2, 2, 2)]
-    evaluation = evaluate(tallies, SECTIONS, 1000, seed=1)
+    total = np.sum([one.to_vector() for one in tallies], axis=0)  # all that a coordinator sees
+    evaluation = evaluate(Tally.from_vector(total, list(SECTIONS), MODELS), 3, SECTIONS, 1000, seed=1)
     assert evaluation["n"] == 98
     assert evaluation["sites"] == 3
     assert evaluation["final"]["correct"] == 5 + 20 + 1 + 9 + 2 + 2
-    assert np.array_equal(pool(tallies[::-1]).patterns, pool(tallies).patterns)
-    with pytest.raises(ProtocolError, match="got none"):
-        pool([])
+    assert evaluation["warmup"]["correct"] == 3 + 20 + 9 + 2 + 2
 
 
 def test_evaluation_json_has_what_others_rely_on(tmp_path: Path) -> None:

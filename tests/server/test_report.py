@@ -72,7 +72,7 @@ def test_the_page_shows_the_result_in_words_table_and_plot(tmp_path: Path) -> No
     assert "On 200 such questions that it was not trained on, accuracy went from 34.0 % to 99.0 %" in shown
     assert "node 7 warm-up (protocol); hospital-3 train of round 2 (silent); hospital-3 finalize (silent)." in shown
     assert "simulated sites 4" in shown and "training patients 4,010" in shown
-    assert "hospital-2 1,002 4 has it hospital-3 1,003 4 not yet" in shown and "hospital-5 1,005 0 has it" in shown
+    assert "hospital-2 4 has it hospital-3 4 not yet" in shown and "hospital-5 0 has it" in shown
     assert "rolled back" in shown
     assert "No patient-level guarantee" in shown
     assert text.count("<h1>") == 1

@@ -1,11 +1,11 @@
 """The validation gate: which round is kept, which is undone."""
 
 import pytest
-from wardround.server.validation import Best, accuracy, judge
+from wardround.server.validation import NOTHING, Best, accuracy, judge
 
 
-def score(correct: int, questions: int = 100) -> dict[str, tuple[int, int]]:
-    return {"a": (questions, correct)}
+def score(correct: int, questions: int = 100) -> tuple[int, int]:
+    return questions, correct
 
 
 @pytest.mark.parametrize(
@@ -23,19 +23,18 @@ def test_a_round_is_judged_by_its_distance_to_the_best(correct: int, verdict: st
     assert (got, best.round_index, best.since) == (verdict, best_round, since)
 
 
-def test_a_site_that_is_missing_neither_lifts_nor_drops_the_accuracy():
-    best = Best(0, {"easy": (100, 90), "hard": (100, 10)})
-    assert judge(best, 1, {"hard": (100, 10)}, 0.02)[0] == "best"
-    assert judge(best, 1, {"easy": (100, 80)}, 0.02)[0] == "rolled-back"
+def test_sums_over_other_numbers_of_sites_are_compared_by_their_accuracy():
+    best = Best(0, score(120, questions=200))
+    assert judge(best, 1, score(61, questions=100), 0.02)[0] == "best"
+    assert judge(best, 1, score(57, questions=100), 0.02)[0] == "rolled-back"
 
 
 def test_without_validation_every_round_is_kept():
-    verdict, best = judge(Best(0, {}), 1, {}, 0.02, gate=False)
+    verdict, best = judge(Best(0, NOTHING), 1, NOTHING, 0.02, gate=False)
     assert (verdict, best.round_index, best.since) == ("best", 1, 0)
-    assert accuracy({}) is None
+    assert accuracy(NOTHING) is None
 
 
-@pytest.mark.parametrize("scores", [{}, {"c": (100, 99)}, {"a": (0, 0)}])
-def test_a_round_that_nothing_is_known_of_never_becomes_the_best(scores: dict[str, tuple[int, int]]):
-    verdict, best = judge(Best(3, {"a": (100, 90), "b": (100, 90)}, since=1), 4, scores, 0.02)
+def test_a_round_that_nothing_is_known_of_never_becomes_the_best():
+    verdict, best = judge(Best(3, score(180, questions=200), since=1), 4, NOTHING, 0.02)
     assert (verdict, best.round_index, best.since) == ("kept", 3, 2)
