@@ -1,12 +1,14 @@
 """What every test may use. Set before anything heavy is imported: offline, one thread, its own cache folder."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from wardround.common import identity
 from wardround.common.cli import quiet_third_parties
 
 from .tiny import tiny_model
@@ -30,3 +32,14 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer random Llama with tokenizer and chat template (tests/tiny.py); do not write into it."""
     return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def cheap_scrypt() -> Iterator[None]:
+    """Identities of simulated sites are made and opened in a millisecond, not a tenth of a second, in this process only.
+
+    Not for a module whose subprocesses make or open the same sites: the cost is no part of a key's file.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(identity._SCRYPT, "n", 2**4)
+        yield

@@ -19,10 +19,36 @@ def loaded_by(module: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "module",
-    ["messages", "config", "dictionary", "schema", "question", "adapter", "statistics", "errors", "cli"],
+    [
+        "messages",
+        "config",
+        "dictionary",
+        "schema",
+        "question",
+        "adapter",
+        "statistics",
+        "errors",
+        "cli",
+        "identity",
+        "roster",
+        "key_file",
+        "fixedpoint",
+        "sums",
+        "secagg.keys",
+        "secagg.shamir",
+        "secagg.prg",
+        "secagg.masking",
+        "secagg.client_state",
+        "secagg.server_state",
+    ],  # fmt: skip
 )
 def test_common_loads_nothing_heavy(module: str) -> None:
     assert not loaded_by(f"wardround.common.{module}") & set(HEAVY)
+
+
+@pytest.mark.parametrize("module", ["client.sharing", "client.payload", "server.aggregation"])
+def test_secure_sums_load_nothing_heavy_but_what_reads_tables(module: str) -> None:
+    assert not loaded_by(f"wardround.{module}") & set(HEAVY) - {"pandas"}
 
 
 @pytest.mark.parametrize("module", ["client.cli", "server.cli", "simulations.cli"])

@@ -39,7 +39,7 @@ bootstrap_samples = 200
 samples = 0
 [simulation]
 registry = "synthetic"
-sites = 2
+sites = 3
 """
 
 
@@ -81,6 +81,17 @@ def test_the_wheel_holds_no_bare_package(installed: Path, tmp_path: Path) -> Non
     code = f"import importlib.util as u; print([name for name in {bare} if u.find_spec(name)])"
     done = run([str(installed / "python"), "-c", code], tmp_path)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_wheel_holds_every_package_that_the_checkout_has(installed: Path, tmp_path: Path) -> None:
+    names = [
+        f"wardround.{file.parent.relative_to(ROOT).as_posix().replace('/', '.')}.{file.stem}"
+        for folder in ("client", "common", "server", "simulations")
+        for file in sorted((ROOT / folder).rglob("*.py"))
+    ]
+    code = f"import importlib.util as u; print([name for name in {names} if u.find_spec(name) is None])"
+    done = run([str(installed / "python"), "-c", code], tmp_path)
+    assert "wardround.common.secagg.client_state" in names and done.stdout.strip() == "[]", done.stderr
 
 
 def test_the_installed_command_shows_its_help_away_from_the_checkout(installed: Path, tmp_path: Path) -> None:
