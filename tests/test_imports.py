@@ -40,7 +40,7 @@ def loaded_by(module: str) -> set[str]:
         "secagg.masking",
         "secagg.client_state",
         "secagg.server_state",
-    ],  # fmt: skip
+    ],
 )
 def test_common_loads_nothing_heavy(module: str) -> None:
     assert not loaded_by(f"wardround.common.{module}") & set(HEAVY)

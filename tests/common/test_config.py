@@ -29,6 +29,12 @@ def test_every_shipped_config_loads(path: Path) -> None:
         ("name = 'x'\n[grpo]\ngroup_size = 1\n", r"'grpo.group_size': .*greater than or equal to 2, got 1"),
         ("name = 'x'\n[lora]\nstrategy = 'magic'\n", r"'lora.strategy': .*'ffa'.*got 'magic'"),
         ("name = 'x'\n[federation]\nrounds = 0\n", r"'federation.rounds': .*got 0"),
+        ("name = 'x'\n[federation]\nsecure_aggregation = 'off'\n", r"'bonawitz' or 'none', got 'off'"),
+        ("name = 'x'\n[federation]\ncolluders = 0\n", r"'federation.colluders': .*got 0"),
+        ("name = 'x'\n[federation]\nupdate_range = 0.0\n", r"'federation.update_range': .*got 0"),
+        ("name = 'x'\n[federation]\nmax_weight = 0\n", r"'federation.max_weight': .*got 0"),
+        ("name = 'x'\n[federation]\nmax_sites = 2\n", r"'federation.max_sites': .*got 2"),
+        ("name = 'x'\n[federation]\nmax_sites = 1025\n", r"'federation.max_sites': .*got 1025"),
         ("name = 'a/b'\n", "'name'"),
         ("name = 'x'\n[grpo]\nlearning_rate = nan\n", "'grpo.learning_rate'"),
         ("name = 'x'\n[grpo]\nexpectation = 'exact'\n[questions]\nreasoning_tokens = 9\n", "answer-only"),
@@ -42,6 +48,50 @@ def test_a_bad_config_gives_one_line_that_names_the_key(tmp_path: Path, text: st
         config.load_run(write(tmp_path, text))
     assert "\n" not in str(caught.value)
     assert str(tmp_path / "run.toml") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "least"),
+    [("min_sites = 2", 3), ("colluders = 2", 4), ("min_sites = 4\ncolluders = 3", 5), ("min_sites = 65", 3)],
+)
+def test_fewer_sites_than_a_secure_sum_hides_are_refused(tmp_path: Path, settings: str, least: int) -> None:
+    text = f"name = 'x'\n[federation]\n{settings}\n"
+    with pytest.raises(ConfigError, match=f"expected min_sites from {least} to max_sites = 64, got"):
+        config.load_run(write(tmp_path, text))
+    assert config.load_run(write(tmp_path, text + "secure_aggregation = 'none'\n"))
+
+
+def test_a_run_is_secure_unless_it_says_otherwise(tmp_path: Path) -> None:
+    federation = config.load_run(write(tmp_path, "name = 'x'\n")).federation
+    assert (federation.secure_aggregation, federation.colluders, federation.min_sites) == ("bonawitz", 1, 3)
+    assert federation.weight_limit == 1
+    patients = config.load_run(write(tmp_path, "name = 'x'\n[federation]\nweighting = 'patients'\n")).federation
+    assert patients.weight_limit == patients.max_weight == 100_000
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[policy]\nmin_sites = 2\n", r"'policy.min_sites': .*got 2"),
+        ("[policy]\ncolluders = 0\n", r"'policy.colluders': .*got 0"),
+        ("[identity]\nroster_digest = 'AB'\n", r"'identity.roster_digest': .*got 'AB'"),
+        ("[identity]\nverified = ['ABCD']\n", r"fingerprint: expected 8 groups of 4 .*, got 4 characters"),
+        ("[identity]\npassphrase = 'correct horse'\n", "unknown key 'identity.passphrase'"),
+    ],
+)
+def test_a_site_cannot_loosen_what_its_sums_rest_on(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text("name = 'north'\ntable = 't.csv'\ndictionary = 'smart'\n" + text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        config.load_site(path)
+
+
+def test_a_site_verifies_nobody_and_lets_no_difference_be_seen_unless_it_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text("name = 'north'\ntable = 't.csv'\ndictionary = 'smart'\n", encoding="utf-8")
+    site = config.load_site(path)
+    assert (site.identity.verified, site.identity.roster_digest, site.policy.simulated) == ((), None, False)
+    assert (site.policy.min_sites, site.policy.colluders, site.policy.repeat_with_others) == (3, 1, False)
 
 
 def test_a_missing_config_is_named(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ VECTORS = {
     "b": np.array([], np.int64),
     "c": np.array([1e300, -0.0]),
     "d": np.frombuffer(b"xyz", np.uint8),
+    "e": np.array([0, 2**32 - 1], np.uint32),
 }
 
 
@@ -35,6 +36,12 @@ def test_every_changed_byte_and_every_cut_is_found(tmp_path: Path):
         (tmp_path / "r").write_bytes(data)
         with pytest.raises(VerificationError, match="damaged"):
             read_record(tmp_path / "r")
+
+
+def test_the_bytes_of_a_record_are_little_endian_whatever_they_came_from(tmp_path: Path):
+    write_record(tmp_path / "little", {}, {"v": np.array([1, 2**31], "<u4")})
+    write_record(tmp_path / "big", {}, {"v": np.array([1, 2**31], ">u4")})
+    assert (tmp_path / "little").read_bytes() == (tmp_path / "big").read_bytes()
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
