@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo learn test test-slow check bench clean
+.PHONY: help install demo learn test test-slow mutants check bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -50,6 +50,9 @@ test: $(READY)  ## the tests, without those marked slow
 
 test-slow: $(READY)  ## the tests marked slow
 	$(BIN)/python -m pytest -m slow
+
+mutants: $(READY)  ## breaks the privacy code on purpose, patch by patch, and says which test noticed
+	$(BIN)/python -m tests.mutations.run
 
 check: $(READY)  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .
