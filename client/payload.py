@@ -17,7 +17,7 @@ from ..common import sums
 from ..common.config import RunConfig
 from ..common.errors import ProtocolError
 from ..common.files import read_record, write_record
-from ..common.fixedpoint import rounding_key
+from ..common.fixedpoint import check_tail, rounding_key
 from ..common.secagg import masking
 from ..common.secagg.client_state import MaskKeys
 from ..common.secagg.keys import PURPOSES, UPDATE
@@ -55,9 +55,12 @@ class Payload:
             keys: of the masks.
 
         Raises:
-            VerificationError: an update that holds NaN or infinity.
+            VerificationError: an update that holds NaN or infinity, or a tail value above 2^40.
             ConfigError: its weight is out of range.
+            ValueError: no key to add: a payload never leaves without its self mask.
         """
+        if not keys.plus:
+            raise ValueError("keys: expected at least the self key")
         d = len(self.ring)
         out = np.empty(d + 2 * len(self.tail), np.uint32)
         ring, tail = out[:d], out[d:].view(np.uint64)
@@ -76,6 +79,7 @@ class Payload:
                 clipped_slot=sums.CLIPPED,
             )
         else:
+            check_tail(tail)
             ring[:] = self.ring
             masking.apply(ring, tail, keys.plus, keys.minus)
         return out
