@@ -135,8 +135,8 @@ class Attempt:
         member, d = self.keys.index(site), self.binding.ring_values
         if masked.dtype != np.uint32 or masked.shape != (d + 2 * self.binding.tail_values,):
             raise SumError("malformed", f"masked vector: expected {d} + 2 × {self.binding.tail_values} uint32 values")
-        if member not in self._recipients or member in self._added or self._signatures:
-            raise SumError("out-of-turn", "masked vector: a second one, or of no recipient")
+        if member not in self._recipients or member in self._added or not self._sealed:
+            raise SumError("out-of-turn", "masked vector: a second one, of no recipient, or after the sum was closed")
         np.add(self._ring, masked[:d], out=self._ring)
         self._tail += masked[d:].astype("<u4").view("<u8")
         self._added.add(member)

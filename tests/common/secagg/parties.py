@@ -75,6 +75,8 @@ class Party:
         return self.sums.get(self.now, ClientSum())
 
     def content(self) -> str:
+        if not self.state.advert:
+            return ""
         binding = client_state.Advert.from_bytes(self.state.advert).binding
         payload = self.ring.tobytes() + self.tail.astype(np.int64).tobytes()
         return sums.content_digest(binding.purpose, binding.model.hex(), binding.input, payload)

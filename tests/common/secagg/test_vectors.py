@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from wardround.common import sums
 from wardround.common.errors import SumError
 from wardround.common.fixedpoint import FixedPoint, Quantiser, rounding_key
 from wardround.common.identity import Identity
@@ -260,7 +259,7 @@ def test_the_coordinator_refuses_a_vector_of_another_length(case: Json):
     with pytest.raises(SumError) as caught:
         attempt.add_masked(site, vector)
     assert caught.value.code == case["failure"]
-    with pytest.raises(SumError, match="out-of-turn|threshold"):
+    with pytest.raises(SumError, match="threshold"):
         attempt.unmask()
 
 
