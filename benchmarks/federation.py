@@ -1,4 +1,4 @@
-"""In-process federation: memory with 32 sites against 2, and what a round costs beside training and evaluation.
+"""In-process federation: memory with 32 sites against 4, and what a round costs beside training and evaluation.
 
     python benchmarks/federation.py
 
@@ -27,7 +27,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 LOCAL_ROUNDS = 64  # sites × rounds: the same number of trainings, so that only the number of sites differs
-SITES = (2, 32)
+SITES = (4, 32)
 MEMORY_TARGET, OVERHEAD_TARGET_S = 1.15, 0.1
 
 

@@ -25,7 +25,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -41,8 +40,7 @@ from ..common.files import Record, check_writable, read_record, sweep, sync_fold
 from ..common.question import load_prompt
 
 _RUN, _LOSSES = "run", "losses"
-_STEPS = ("apply", "validate")  # of a round, in order
-_ROUND = re.compile(r"round-(\d{5})-(\w+)")
+_REPEATABLE = ("warmup", "finalize", _LOSSES)  # phases that are no sum, and from which none was made
 
 
 def round_phase(index: int, step: str) -> str:
@@ -110,13 +108,10 @@ class Journal:
         self.close()
 
     def _remedy(self, phase: str) -> str:
-        """What helps against a damaged file: repeating its phase, as long as no later one was built on it."""
-        records = (_ROUND.fullmatch(path.stem) for path in self.folder.glob("round-*.record"))
-        later = [(int(found[1]), _STEPS.index(found[2])) for found in records if found and found[2] in _STEPS]
-        mine = _ROUND.fullmatch(phase)
-        if mine and max(later) > (int(mine[1]), _STEPS.index(mine[2])):
-            return "later rounds were built on it: put a copy of the file back, or start a new run"
-        return "delete it to repeat that phase"
+        """What helps against a damaged file. Sites that signed a sum add it up no second time (secure-sums.md §S8)."""
+        if phase in _REPEATABLE:
+            return "delete it to repeat that phase"
+        return "sites add nothing up twice: put a copy of the file back, or start a new run"
 
     def _path(self, phase: str) -> Path:
         return self.folder / f"{phase}.record"

@@ -289,7 +289,7 @@ def load_registry(config: RunConfig) -> Registry:
         )
     if not registry.dictionary.public:
         raise ConfigError(
-            f"dictionary '{registry.dictionary.name}': public = false; a simulation sends updates in the clear and "
+            f"dictionary '{registry.dictionary.name}': public = false; a simulation has all sites on one machine and "
             "shows samples, so it takes open or synthetic registries only (public = true in the dictionary)"
         )
     return registry

@@ -9,20 +9,28 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from wardround.client.app import app as client
 from wardround.client.app import pack
-from wardround.common.config import RunConfig, to_toml
+from wardround.common.config import RunConfig, packaged, to_toml
 from wardround.common.errors import ConfigError, RunFolderError
-from wardround.common.messages import CollectInstruction, CollectReply, Failure, Reply, split
+from wardround.common.messages import Failure, MaskedReply, MaskInstruction, Reply, split
 from wardround.server import app as server
 from wardround.server.app import FlowerExchange
 from wardround.server.phases import Answer
 from wardround.simulations.federation import InProcessGrid, divide, load_registry, write_sites
 
-ASKED = CollectInstruction(run_id="0" * 32, config="{}", config_digest="", round_index=1, model_digest="")
-DELTA = np.array([1.0, 2.0], np.float32)
+MASKED = np.array([1, 2**32 - 1], np.uint32)
 
 
-def reply_of(node: int) -> CollectReply:
-    return CollectReply(run_id="0" * 32, site=f"site-{node:02d}", round_index=1, weight=1, delta=DELTA)
+def asked(ciphertexts: bytes = b"sealed") -> MaskInstruction:
+    head = {"run_id": "0" * 32, "config": "{}", "config_digest": "", "round_index": 1, "model_digest": ""}
+    recipients, sealed = np.array([7], np.uint8), np.frombuffer(ciphertexts, np.uint8)
+    return MaskInstruction(**head, purpose=2, attempt=1, recipients=recipients, ciphertexts=sealed)
+
+
+ASKED = asked()
+
+
+def reply_of(node: int) -> MaskedReply:
+    return MaskedReply(run_id="0" * 32, site=f"site-{node:02d}", round_index=1, masked=MASKED)
 
 
 class Grid(InProcessGrid):
@@ -56,7 +64,7 @@ def good(node: int) -> RecordDict:
 
 
 def answers(grid: Grid, timeout_s: float = 60) -> list[Answer]:
-    return list(FlowerExchange(grid, timeout_s).ask(sorted(grid.answers), ASKED))
+    return list(FlowerExchange(grid, timeout_s).ask(dict.fromkeys(sorted(grid.answers), ASKED)))
 
 
 @pytest.fixture(autouse=True)
@@ -70,9 +78,19 @@ def test_every_node_is_answered_for_with_its_bytes():
     assert [answer.node for answer in found] == [2, 3]
     assert all(answer.code == "" and answer.reply == reply_of(answer.node) for answer in found)
     head, vectors = split(reply_of(2))
-    assert found[0].bytes_up == len(head) + len(vectors["delta"])
-    assert found[0].bytes_down == len(split(ASKED)[0])
+    assert found[0].bytes_up == len(head) + len(vectors["masked"])
+    assert found[0].bytes_down == len(split(ASKED)[0]) + 1 + len(b"sealed")
     assert FlowerExchange(grid, 60).nodes() == [2, 3]
+
+
+def test_every_node_is_asked_what_is_meant_for_it():
+    grid = Grid({3: good(3), 2: good(2)})
+    each = {3: asked(b"for node 3"), 2: asked(b"for 2")}
+    found = {answer.node: answer for answer in FlowerExchange(grid, 60).ask(each)}
+    for message in grid.sent:
+        arrays, node = message.content.array_records["wardround.vectors"], message.metadata.dst_node_id
+        assert arrays["ciphertexts"].data == each[node].ciphertexts.tobytes()
+        assert found[node].bytes_down == len(split(each[node])[0]) + 1 + len(arrays["ciphertexts"].data)
 
 
 def test_replies_come_in_the_order_in_which_they_arrive():
@@ -107,8 +125,8 @@ def content(head: Any, **vectors: bytes) -> RecordDict:
         content(b""),
         content(b"WARD"),
         content(split(reply_of(2))[0]),
-        content(split(reply_of(2))[0], delta=b"12345678"),
-        content(split(reply_of(2))[0] + b" ", delta=DELTA.tobytes()),
+        content(split(reply_of(2))[0], masked=b"12345678"),
+        content(split(reply_of(2))[0] + b" ", masked=MASKED.tobytes()),
         content(split(ASKED)[0]),
     ],
     ids=["nothing", "text", "empty", "short", "no-vector", "other-vector", "longer", "instruction"],
@@ -129,7 +147,9 @@ def context(**settings: Any) -> Context:
     return Context(0, 1, {}, RecordDict(), settings)
 
 
-def test_the_app_runs_from_three_paths_and_continues_with_resume(tmp_path: Path, tiny_model_path: Path):
+def test_the_app_runs_from_its_paths_and_continues_with_resume(
+    tmp_path: Path, tiny_model_path: Path, cheap_scrypt: None
+):
     config = RunConfig.model_validate(
         {
             "name": "trial",
@@ -138,7 +158,7 @@ def test_the_app_runs_from_three_paths_and_continues_with_resume(tmp_path: Path,
             "grpo": {"local_steps": 1, "patients_per_step": 2, "expectation": "exact"},
             "federation": {"rounds": 1, "validation_questions_per_site": 4},
             "evaluation": {"questions_per_site": 4, "bootstrap_samples": 100, "samples": 0},
-            "simulation": {"registry": "synthetic", "sites": 2},
+            "simulation": {"registry": "synthetic", "sites": 3},
         }
     )
     (tmp_path / "run.toml").write_text(to_toml(config))
@@ -148,6 +168,7 @@ def test_the_app_runs_from_three_paths_and_continues_with_resume(tmp_path: Path,
     paths = {
         "config": str(tmp_path / "run.toml"),
         "dictionary": str(sites[0].parent / "dictionary.toml"),
+        "roster": str(tmp_path / "sites" / "roster.json"),
         "out": str(tmp_path / "run"),
     }
     server.main(InProcessGrid(client, sites), context(**paths))
@@ -161,9 +182,20 @@ def test_the_app_runs_from_three_paths_and_continues_with_resume(tmp_path: Path,
     assert (tmp_path / "run" / "report.html").read_bytes() == report
 
 
-@pytest.mark.parametrize("missing", ["config", "dictionary", "out"])
+NAMES = ("config", "dictionary", "roster", "out")
+
+
+def test_real_sites_are_never_asked_to_add_up_in_the_clear(tmp_path: Path):
+    (tmp_path / "run.toml").write_text('name = "t"\n[federation]\nsecure_aggregation = "none"\n')
+    paths = {"config": str(tmp_path / "run.toml"), "dictionary": str(packaged("registries", "support_icu.toml"))}
+    with pytest.raises(ConfigError, match="only a simulation adds up in the clear"):
+        server.main(Grid({}), context(**paths, roster=str(tmp_path / "no.json"), out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("missing", NAMES)
 def test_a_missing_path_is_named(missing: str, tmp_path: Path):
-    paths = {name: str(tmp_path / name) for name in ("config", "dictionary", "out") if name != missing}
+    paths = {name: str(tmp_path / name) for name in NAMES if name != missing}
     with pytest.raises(ConfigError, match=f"expected '{missing}', a path"):
         server.main(Grid({}), context(**paths))
     assert list(tmp_path.iterdir()) == []

@@ -181,13 +181,11 @@ def test_a_site_that_does_not_finish_the_counts_is_left_out_of_the_schema(tmp_pa
         assert [loss[1:] for loss in losses(run)] == [("site-02", "registry")]
 
 
-def test_counts_that_are_none_stop_the_run_before_there_is_a_schema(tmp_path: Path):
-    wrong = COUNTS.to_vector().astype(np.uint32)
-    wrong[0] = 0  # rows: fewer than its own histograms count
-    sites = Sites(payloads={name: (wrong, np.array([PATIENTS])) for name in NAMES})
-    with Run(tmp_path, sites) as run, pytest.raises(ProtocolError):
-        run.set_up()
-    assert not (tmp_path / "journal" / "schema.record").exists()
+def test_counts_over_other_bins_are_left_out_by_name(tmp_path: Path):
+    other = COUNTS.to_vector().astype(np.uint32)[:-1], np.array([PATIENTS])
+    with Run(tmp_path, Sites(payloads={"site-02": other})) as run:
+        assert run.set_up().rows == 4 * COUNTS.rows
+        assert losses(run) == [("counts", "site-02", "other-sum")]
 
 
 def test_too_few_for_the_counts_stop_the_run_until_it_is_resumed(tmp_path: Path):

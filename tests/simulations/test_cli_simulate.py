@@ -37,7 +37,7 @@ bootstrap_samples = 200
 samples = 0
 [simulation]
 registry = "synthetic"
-sites = 2
+sites = 3
 """
 
 
@@ -61,7 +61,7 @@ def test_ctrl_c_is_one_line_and_the_same_command_with_resume_finishes(folder: Pa
     )
     try:
         deadline = time.monotonic() + 240
-        while not (folder / "out" / "journal" / "round-00001-train.record").exists():
+        while not list((folder / "out" / "journal").glob("round-00001-apply*")):  # in the first update or its sum
             assert process.poll() is None, "the run ended before it could be interrupted"
             assert time.monotonic() < deadline
             time.sleep(0.002)
@@ -73,7 +73,7 @@ def test_ctrl_c_is_one_line_and_the_same_command_with_resume_finishes(folder: Pa
     assert out == "" and not (folder / "out" / "report.html").exists()
     done = call(folder, "--json", "--resume")
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout)["final"]["n"] == 20
+    assert json.loads(done.stdout)["final"]["n"] == 30
     assert (folder / "out" / "report.html").exists()
 
 
@@ -86,7 +86,7 @@ def test_a_mistake_can_be_corrected_in_the_same_folder(folder: Path):
     assert right.returncode == 0, right.stderr
     # Without a warm-up nothing is called warmed up, neither in the table nor in the sentence below it.
     assert "warmed" not in right.stdout and "base model" in right.stdout and "report: out/report.html" in right.stdout
-    assert "round 1 of 1 · train: 2 sites" in right.stderr and "left out" not in right.stderr
+    assert "round 1 of 1 · train: 3 sites" in right.stderr and "left out" not in right.stderr
 
 
 def test_a_folder_that_cannot_be_is_one_line(folder: Path):
@@ -107,6 +107,7 @@ def test_progress_says_which_round_of_how_many_and_how_long_it_will_be(capsys: p
         progress.begin("validate", 0, ["a"])
         progress.begin("train", 1, ["a", "b"])
         progress.stepped("a", 1, 4)
+        progress.begin("train: shares", 1, ["a", "b"])  # the exchanges of a sum take moments, and have no line
         progress.round_done(Record(1, 30.0), 4)
         progress.begin("train", 2, ["a", "b"])
         progress.round_done(Record(2, 50.0), 4)

@@ -2,11 +2,10 @@
 
 import json
 import os
+import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,39 @@ from wardround.server.tracking import SilentProgress
 from wardround.simulations.federation import divide, load_registry, needed_bytes, simulate, write_sites
 
 REPOSITORY = Path(__file__).parents[2]
-PHASES = ("train.local", "query.collect", "evaluate.validate")
+ROUTES = ("train.local", "evaluate.validate", "query.shares", "query.mask", "query.survivors", "query.unmask")
+# One process after another works on one run, and kills itself with signal 9 where it is told to: the n-th message of a
+# route and round is on its way (before) or was just carried out (after). All are forked: torch is imported once.
 RUN = """
-import sys
+import json, os, signal, sys
 from pathlib import Path
 from wardround.common.cli import quiet_third_parties
 quiet_third_parties()
+import torch, trl, peft
 from wardround.common.config import load_run
-from wardround.simulations.federation import simulate
-simulate(load_run(Path(sys.argv[1])), Path(sys.argv[2]), resume=len(sys.argv) > 3)
+from wardround.simulations import federation
+
+class Grid(federation.InProcessGrid):
+    def pull_messages(self, message_ids):
+        (message_id,) = message_ids
+        about = self._waiting[message_id].metadata
+        Grid.left -= (about.message_type, about.group_id) == (route, str(round_index))
+        if Grid.left == 0 and when == "before":
+            os.kill(os.getpid(), signal.Signals[how])
+        done = list(super().pull_messages([message_id]))
+        if Grid.left == 0:
+            os.kill(os.getpid(), signal.Signals[how])
+        return iter(done)
+
+federation.InProcessGrid = Grid
+for route, round_index, Grid.left, when, how in json.loads(sys.argv[3]):
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        federation.simulate(load_run(Path(sys.argv[1])), Path(sys.argv[2]), resume=True)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    print(os.WTERMSIG(status), os.WEXITSTATUS(status), flush=True)
 """
 
 
@@ -80,19 +103,30 @@ def final_digest(out: Path) -> str:
     return read_record(out / "journal" / "finalize.record").values["model_digest"]
 
 
-def rounds(out: Path) -> list[dict[str, Any]]:
-    """rounds.jsonl without times, and without bytes sent: a time is part of a reply, and not always as long."""
+def rounds(out: Path, *, traffic: bool = False) -> list[dict[str, Any]]:
+    """rounds.jsonl without times, and without bytes: a process counts those that it saw."""
     lines = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
-    timed = ("seconds", "seconds_train", "bytes_up")
-    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
+    dropped = ("seconds", "seconds_train", *(() if traffic else ("bytes_up", "bytes_down")))
+    return [{key: value for key, value in line.items() if key not in dropped} for line in lines]
+
+
+def sites_of(out: Path) -> list[Path]:
+    """The sites' folders; the roster lies beside them."""
+    return sorted(path.parent for path in (out / "sites").glob("*/site.toml"))
+
+
+def summed(phase: str, round_index: int) -> list[tuple[str, int]]:
+    """The five exchanges of one sum."""
+    exchanges = ("", ": shares", ": masked", ": consistency", ": unmask")
+    return [(f"{phase}{exchange}", round_index) for exchange in exchanges]
 
 
 def test_a_run_goes_through_every_phase_in_order(whole: Whole):
     assert whole[2].phases == [
-        ("warm-up", 0), ("counts", 0), ("schema", 0), ("validate", 0),
-        ("train", 1), ("collect", 1), ("validate", 1),
-        ("train", 2), ("collect", 2), ("validate", 2),
-        ("evaluate", 2), ("finalize", 2),
+        ("warm-up", 0), *summed("counts", 0), ("schema", 0), *summed("validate", 0),
+        *summed("train", 1), *summed("validate", 1),
+        *summed("train", 2), *summed("validate", 2),
+        *summed("evaluate", 2), ("finalize", 2),
     ]  # fmt: skip
     assert whole[2].rounds == [1, 2]
 
@@ -119,23 +153,22 @@ def test_training_moves_the_adapter_and_every_site_gets_the_final_one(whole: Who
     summary = json.loads((out / "run.json").read_text())
     assert rounds(out)[0]["update_norm_l2"] > 0
     assert len({summary["warmup_digest"], rounds(out)[0]["model_digest"], rounds(out)[1]["model_digest"]}) == 3
-    for site in (out / "sites").iterdir():
+    for site in sites_of(out):
         (adapter,) = (site / "state" / "runs").glob("*/adapter")
         assert (adapter / "digest.txt").read_text().strip() == final_digest(out) == summary["final_digest"]
         assert (adapter / "adapter_model.safetensors").is_file()
-        assert Site.open(site / "site.toml").ledger.verify() == 12  # one reply a phase
+        assert Site.open(site / "site.toml").ledger.verify() == 3 + 7 * 5  # one reply a phase, five a sum
 
 
 def test_the_coordinators_bytes_are_those_of_the_ledgers(whole: Whole):
     out = whole[0]
     for text in (out / "rounds.jsonl").read_text().splitlines():
         line, sent = json.loads(text), 0
-        for site in (out / "sites").iterdir():
+        for site in sites_of(out):
             entries = [json.loads(text) for text in (site / "state" / "ledger.jsonl").read_text().splitlines()]
-            phases = ("train.local", "query.collect", "evaluate.validate")
-            sent += sum(
-                entry["bytes"] for entry in entries if entry["round"] == line["round"] and entry["phase"] in phases
-            )
+            tested = [entry["phase"] for entry in entries].index("evaluate.test")  # its exchanges are of round 2, too
+            mine = [entry for entry in entries[:tested] if entry["round"] == line["round"]]
+            sent += sum(entry["bytes"] for entry in mine if entry["phase"] in ROUTES)
         assert sent == line["bytes_up"]
 
 
@@ -143,7 +176,7 @@ def test_a_simulated_run_writes_down_how_its_patients_were_divided(whole: Whole)
     facts = [json.loads((whole[0] / name / "provenance.json").read_text()) for name in ("model", "adapter")]
     assert facts[0]["split_key"] == facts[1]["split_key"]
     assert facts[0]["sites"] == 3
-    for site in (whole[0] / "sites").iterdir():
+    for site in sites_of(whole[0]):
         assert load_site(site / "site.toml").split_key == facts[0]["split_key"]
         assert load_dictionary(site / "dictionary.toml").digest() == facts[0]["dictionary_digest"]
 
@@ -151,7 +184,7 @@ def test_a_simulated_run_writes_down_how_its_patients_were_divided(whole: Whole)
 def test_files_of_the_final_model_can_be_read_by_everybody_and_a_sites_report_by_its_owner(whole: Whole):
     for name in ("model", "adapter"):
         assert {path.stat().st_mode & 0o777 for path in (whole[0] / name).iterdir()} == {0o644}
-    for site in (whole[0] / "sites").iterdir():
+    for site in sites_of(whole[0]):
         (report,) = (site / "state" / "runs").glob("*/report.html")
         assert report.stat().st_mode & 0o777 == 0o600
         assert f"{site.name}: own test patients" in report.read_text()
@@ -177,20 +210,24 @@ def test_resuming_a_finished_run_mends_what_was_deleted(whole: Whole, tmp_path: 
         simulate(settings(tiny_model_path), out, resume=True)
 
 
+def allow_steps(out: Path, steps: int) -> None:
+    """A hospital's own decision in the middle of a run that needs two local steps."""
+    path = out / "sites" / "site-02" / "site.toml"
+    path.write_text(re.sub(r"max_local_steps = \d", f"max_local_steps = {steps}", path.read_text()))
+
+
 def test_too_few_sites_at_the_end_do_not_cost_the_report(tmp_path: Path, tiny_model_path: Path):
     out, config = tmp_path / "run", settings(tiny_model_path, federation={"rounds": 1, "min_sites": 3})
 
     class Withdraw(SilentProgress):
         def begin(self, phase: str, round_index: int, sites: object) -> None:
             if phase == "finalize":
-                path = out / "sites" / "site-02" / "site.toml"
-                path.write_text(path.read_text().replace("simulated = true", "simulated = false"))
+                allow_steps(out, 1)
 
     with pytest.raises(QuorumError, match=r"finalize: .* 2 finished; site-02 \(refused\)"):
         simulate(config, out, resume=False, progress=Withdraw())
     assert "The final model answers" in (out / "report.html").read_text()
-    path = out / "sites" / "site-02" / "site.toml"
-    path.write_text(path.read_text().replace("simulated = false", "simulated = true"))
+    allow_steps(out, 2)
     simulate(config, out, resume=True)
     summary = json.loads((out / "run.json").read_text())
     assert all(site["has_final"] and site["rounds"] == 1 for site in summary["sites"].values())
@@ -201,7 +238,7 @@ def test_too_few_sites_at_the_end_do_not_cost_the_report(tmp_path: Path, tiny_mo
 def test_sites_hold_the_registry_between_them_and_nothing_twice(whole: Whole, tiny_model_path: Path):
     registry = load_registry(settings(tiny_model_path))
     patients: list[str] = []
-    for site in sorted((whole[0] / "sites").iterdir()):
+    for site in sites_of(whole[0]):
         part = read_registry(site / "registry.parquet", load_dictionary(site / "dictionary.toml"))
         patients += part.patients.tolist()
     assert sorted(patients) == sorted(registry.patients.tolist())
@@ -231,44 +268,64 @@ def test_a_finished_run_is_shown_again_and_asks_the_model_nothing(whole: Whole, 
 def test_the_same_run_in_another_folder_gives_the_same_adapter(whole: Whole, tmp_path: Path, tiny_model_path: Path):
     simulate(settings(tiny_model_path), tmp_path / "run", resume=False)
     assert final_digest(tmp_path / "run") == final_digest(whole[0])
-    assert rounds(tmp_path / "run") == rounds(whole[0])
+    assert rounds(tmp_path / "run", traffic=True) == rounds(whole[0], traffic=True)
+
+
+def points(*more: tuple[str, int, int, str, str]) -> list[tuple[str, int, int, str, str]]:
+    """Where processes end; of the three sites' six messages a route and round, three are of the update's sum."""
+    return [*more, ("none", 0, 0, "after", "SIGKILL")]
 
 
 @pytest.mark.parametrize(
-    ("waited_for", "how"),
-    [("first-update", signal.SIGKILL), ("trained", signal.SIGINT), ("applied", signal.SIGKILL)],
-    ids=["first-update", "trained-ctrl-c", "applied"],
+    "where",
+    [
+        points(("train.local", 2, 1, "after", "SIGKILL")),
+        points(("query.mask", 2, 3, "after", "SIGINT")),
+        points(  # killed in every exchange of every sum of the run, one after another
+            ("query.count", 0, 2, "after", "SIGKILL"),
+            ("query.shares", 0, 2, "before", "SIGKILL"),
+            ("query.mask", 0, 3, "after", "SIGKILL"),
+            ("query.survivors", 0, 2, "after", "SIGKILL"),
+            ("query.unmask", 0, 1, "after", "SIGKILL"),
+            ("train.local", 1, 2, "before", "SIGKILL"),
+            ("query.shares", 1, 2, "after", "SIGKILL"),
+            ("query.mask", 1, 2, "after", "SIGKILL"),
+            ("query.mask", 1, 3, "after", "SIGKILL"),
+            ("query.survivors", 1, 1, "before", "SIGKILL"),
+            ("query.survivors", 1, 3, "after", "SIGKILL"),
+            ("query.unmask", 1, 2, "after", "SIGKILL"),
+            ("evaluate.validate", 1, 2, "after", "SIGKILL"),
+            ("query.mask", 1, 3, "before", "SIGKILL"),
+            ("query.unmask", 1, 3, "after", "SIGKILL"),
+            ("evaluate.test", 2, 2, "after", "SIGKILL"),
+            ("query.unmask", 2, 2, "before", "SIGKILL"),
+            ("query.finalize", 2, 2, "before", "SIGKILL"),
+        ),
+    ],
+    ids=["trained", "masked-ctrl-c", "everywhere"],
 )
-def test_a_kill_in_round_2_then_resume_gives_the_same_adapter_bit_for_bit(
-    whole: Whole, tmp_path: Path, tiny_model_path: Path, waited_for: str, how: signal.Signals
+def test_a_killed_run_that_is_resumed_gives_the_same_adapter_bit_for_bit(
+    whole: Whole, tmp_path: Path, where: list[tuple[str, int, int, str, str]]
 ):
     out = tmp_path / "run"
     (tmp_path / "run.toml").write_text((whole[0] / "config.resolved.toml").read_text())
-    command = [sys.executable, "-c", RUN, str(tmp_path / "run.toml"), str(out)]
-    pattern = {
-        "first-update": "sites/site-01/state/runs/*/update-00002.record",
-        "trained": "journal/round-00002-train.record",
-        "applied": "journal/round-00002-apply.record",
-    }[waited_for]
-    process = subprocess.Popen(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL, start_new_session=True
+    command = [sys.executable, "-c", RUN, str(tmp_path / "run.toml"), str(out), json.dumps(where)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=500)
+    ends = [line.split() for line in done.stdout.splitlines()]
+    # Ctrl-C ends with an exception, which is an exit status; the last process ends by itself.
+    assert ends == [["9", "0"] if how == "SIGKILL" else ["0", "1"] for *_, how in where[:-1]] + [["0", "0"]], (
+        done.stderr
     )
-    try:
-        deadline = time.monotonic() + 240
-        while not list(out.glob(pattern)):
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-    finally:
-        process.send_signal(how)
-        process.wait()
-    assert not (out / "journal" / "round-00002-validate.record").exists()
-    simulate(settings(tiny_model_path), out, resume=True)
     assert final_digest(out) == final_digest(whole[0])
-    name = "adapter/adapter_model.safetensors"
-    assert (out / name).read_bytes() == (whole[0] / name).read_bytes()
+    for name in ("adapter/adapter_model.safetensors", "model/model.safetensors", "evaluation.json"):
+        assert (out / name).read_bytes() == (whole[0] / name).read_bytes()
     assert rounds(out) == rounds(whole[0])
-    assert [line["round"] for line in rounds(out)] == [1, 2]
+    assert (
+        json.loads((out / "run.json").read_text())["samples"]
+        == json.loads((whole[0] / "run.json").read_text())["samples"]
+    )
+    assert not [path for part in ("sum", "signed", "attempt") for path in (out / "journal").glob(f"*-{part}.record")]
 
 
 @pytest.mark.parametrize(
@@ -289,9 +346,17 @@ def test_a_kill_in_round_2_then_resume_gives_the_same_adapter_bit_for_bit(
             "sites = 2: expected at least federation.min_sites = 3",
         ),
         (
-            {"simulation": {"registry": "synthetic", "sites": 1000}, "federation": {"min_sites": 1000}},
+            {
+                "simulation": {"registry": "synthetic", "sites": 1000},
+                "federation": {"min_sites": 1000, "max_sites": 1000},
+            },
             ConfigError,
             "have a training patient, expected at least federation.min_sites = 1000; use fewer sites",
+        ),
+        (
+            {"simulation": {"registry": "synthetic", "sites": 65}},
+            ConfigError,
+            "sites = 65: expected at most federation.max_sites = 64",
         ),
         ({"warmup": {"adapter": "smollm2-135m"}}, ModelError, "was made for base model"),
         ({"warmup": {"adapter": "nosuch"}}, ModelError, "nosuch.safetensors does not exist"),
@@ -331,9 +396,9 @@ def test_a_users_mistake_in_a_new_run_takes_back_what_it_wrote(tmp_path: Path, t
 def test_a_mistake_after_training_or_in_a_resumed_run_takes_nothing_back(tmp_path: Path, tiny_model_path: Path):
     out = tmp_path / "run"
     with pytest.raises(ConfigError, match="a mistake"):
-        simulate(settings(tiny_model_path), out, resume=False, progress=Mistaken("collect", 1))
-    assert (out / "journal" / "round-00001-train.record").exists()
-    (out / "journal" / "round-00001-train.record").unlink()
+        simulate(settings(tiny_model_path), out, resume=False, progress=Mistaken("validate", 1))
+    assert (out / "journal" / "round-00001-apply.record").exists()
+    (out / "journal" / "round-00001-apply.record").unlink()
     before = {path for name in ("journal", "sites") for path in (out / name).rglob("*")}
     with pytest.raises(ConfigError, match="a mistake"):
         simulate(settings(tiny_model_path), out, resume=True, progress=Mistaken("train", 1))
@@ -361,15 +426,15 @@ def test_only_one_process_makes_the_sites_of_a_run(tmp_path: Path, tiny_model_pa
 def test_the_sites_limits_are_those_that_the_run_needs(tmp_path: Path, tiny_model_path: Path):
     config = settings(
         tiny_model_path,
-        federation={"rounds": 5000},
+        federation={"rounds": 5000, "colluders": 2, "min_sites": 4},
         grpo={"local_steps": 20_000},
-        simulation={"registry": "synthetic", "sites": 2},
     )
     registry = load_registry(config)
     write_sites(registry, divide(registry, config), config, tmp_path / "sites")
     for path in (tmp_path / "sites").glob("*/site.toml"):
         limits = Site.open(path).config.policy
         assert (limits.max_rounds, limits.max_local_steps, limits.simulated) == (5000, 20_000, True)
+        assert (limits.colluders, limits.min_sites) == (2, 3)
 
 
 def test_the_disk_estimate_follows_the_adapter_and_the_sites(tiny_model_path: Path):
@@ -403,19 +468,56 @@ def test_a_folder_with_a_run_is_refused_and_left_alone(whole: Whole, tiny_model_
     assert {path: path.stat().st_mtime_ns for path in whole[0].rglob("*") if path.is_file()} == before
 
 
-def test_sites_that_refuse_are_named_and_the_run_stops(tmp_path: Path, tiny_model_path: Path):
-    config = settings(tiny_model_path, federation={"rounds": 1, "min_sites": 3})
+@pytest.mark.parametrize(
+    ("adding", "before", "after", "said"),
+    [
+        (
+            "bonawitz",
+            "max_local_steps = 2",
+            "max_local_steps = 1",
+            "this hospital allows 1, the coordinator asks for 2",
+        ),
+        (
+            "none",
+            "simulated = true",
+            "simulated = false",
+            "adds updates and counts up in the clear: only a simulated site",
+        ),
+    ],
+)
+def test_sites_that_refuse_are_named_and_the_run_stops(
+    tmp_path: Path, tiny_model_path: Path, adding: str, before: str, after: str, said: str
+):
+    config = settings(tiny_model_path, federation={"rounds": 1, "min_sites": 3, "secure_aggregation": adding})
 
     class Tamper(SilentProgress):
         def begin(self, phase: str, round_index: int, sites: object) -> None:
             if phase == "train":  # the hospital's own decision, in the middle of a run
                 path = tmp_path / "run" / "sites" / "site-02" / "site.toml"
-                path.write_text(path.read_text().replace("simulated = true", "simulated = false"))
+                path.write_text(path.read_text().replace(before, after))
 
-    with pytest.raises(QuorumError, match=r"train: expected at least 3 sites .* 2 finished; site-02 \(refused\)"):
+    with pytest.raises(QuorumError, match=r"train: expected at least 3 sites .* finished; site-02 \(refused\)"):
         simulate(config, tmp_path / "run", resume=False, progress=Tamper())
     log = (tmp_path / "run" / "sites" / "site-02" / "state" / "site.log").read_text()
-    assert "unmasked" in log
+    assert said in log
+
+
+def test_a_site_that_loses_its_identity_is_left_out_where_enough_are_left(tmp_path: Path, tiny_model_path: Path):
+    config = settings(
+        tiny_model_path,
+        federation={"rounds": 1, "validation_questions_per_site": 0},
+        simulation={"registry": "synthetic", "sites": 4},
+    )
+
+    class Stolen(SilentProgress):
+        def begin(self, phase: str, round_index: int, sites: object) -> None:
+            if phase == "train":
+                (tmp_path / "run" / "sites" / "site-02" / "state" / "identity.pem").unlink()
+
+    simulate(config, tmp_path / "run", resume=False, progress=Stolen())
+    (line,) = rounds(tmp_path / "run")
+    assert line["sites"] == ["site-01", "site-03", "site-04"]
+    assert line["failures"] == {"site-02": "config"}
 
 
 def test_reasoning_questions_run_through_sampled_rollouts(tmp_path: Path, tiny_model_path: Path):
@@ -425,7 +527,6 @@ def test_reasoning_questions_run_through_sampled_rollouts(tmp_path: Path, tiny_m
         grpo={"local_steps": 1, "patients_per_step": 3, "group_size": 3},
         federation={"rounds": 1, "server_optimizer": "fedadam", "server_learning_rate": 0.001, "weighting": "patients"},
         lora={"strategy": "fedit", "rank": 4, "alpha": 8},
-        simulation={"registry": "synthetic", "sites": 2},
     )
     evaluation = simulate(config, tmp_path / "run", resume=False)
     (line,) = rounds(tmp_path / "run")

@@ -23,7 +23,7 @@ def config(base: Path, **grpo) -> RunConfig:
             "grpo": {"local_steps": 1, "patients_per_step": 4, "expectation": "exact", "learning_rate": 0.01, **grpo},
             "federation": {"rounds": 1, "validation_questions_per_site": 3},
             "evaluation": {"bootstrap_samples": 100},
-            "simulation": {"registry": "synthetic", "sites": 2},
+            "simulation": {"registry": "synthetic", "sites": 3},
         }
     )
 
@@ -42,9 +42,19 @@ def test_every_arm_asks_as_many_questions_a_step(tiny_model_path: Path, exam: fe
         )
         for arm in federated.ARMS
     }
-    assert asked == dict.fromkeys(federated.ARMS, 8.0)
+    assert asked == dict.fromkeys(federated.ARMS, 12.0)
     [skewed] = federated.arm_configs(settings, "skewed", exam, tmp_path)
     assert (skewed.simulation.partition, skewed.simulation.partition_feature) == ("dirichlet", "sex")
+
+
+def test_hospitals_together_add_up_under_masks_and_one_alone_has_nobody_to_add_to(
+    tiny_model_path: Path, exam: federated.Exam, tmp_path: Path
+) -> None:
+    for arm in federated.ARMS:
+        for run in federated.arm_configs(config(tiny_model_path), arm, exam, tmp_path):
+            alone = arm in ("centralised", "local")
+            assert run.federation.secure_aggregation == ("none" if alone else "bonawitz")
+            assert (run.simulation.sites, run.federation.min_sites) == ((1, 1) if alone else (3, 3))
 
 
 def test_the_experiment_pairs_all_arms_and_goes_on_where_it_stopped(tiny_model_path: Path, tmp_path: Path) -> None:
@@ -58,7 +68,7 @@ def test_the_experiment_pairs_all_arms_and_goes_on_where_it_stopped(tiny_model_p
         assert lengths == {len(raw[seed]["patients"])} == {len(raw[seed]["targets"])}
     both = [np.mean(raw[s]["correct"]["federated"]) - np.mean(raw[s]["correct"]["majority"]) for s in ("1", "2")]
     assert result["comparisons"]["federated - majority"]["by_seed"] == pytest.approx(both)
-    assert len(said) == 2 * (3 + 2 + 3)  # arms, two local ones; base, warmed up, ceiling
+    assert len(said) == 2 * (3 + 3 + 3)  # arms, three local ones; base, warmed up, ceiling
     assert not list(tmp_path.glob("runs/*/model"))
     said.clear()
     assert federated.run(settings, tmp_path, seeds=[1, 2], say=said.append) == result
