@@ -27,7 +27,8 @@ from .run import run_all
 from .tracking import Progress, SilentProgress
 
 STYPE = "wardround.raw"  # as in client/app.py
-_POLL_S = (0.05, 3.0)  # first and longest pause between looks for replies
+_POLL_S = (0.05, 3.0)  # shortest and longest pause between looks for replies
+_POLL_SHARE = 0.1  # between them, this share of the time since sending: so much later a reply is found at most
 
 app = ServerApp()
 
@@ -67,19 +68,19 @@ class FlowerExchange:
             )
         pending = dict(zip(instructions, self.grid.push_messages(messages), strict=True))
         del messages, packed
-        deadline, pause = time.monotonic() + self.timeout_s, _POLL_S[0]
+        sent = time.monotonic()
         while pending:
             for node, message_id in list(pending.items()):
                 for message in self.grid.pull_messages([message_id]):
                     del pending[node]
                     yield _answer(node, message, sizes[node])
-            if pending and time.monotonic() >= deadline:
+            waited = time.monotonic() - sent
+            if pending and waited >= self.timeout_s:
                 for node in pending:
                     yield Answer(node, None, "silent", 0, sizes[node])
                 return
             if pending:
-                time.sleep(pause)
-                pause = min(2 * pause, _POLL_S[1])
+                time.sleep(min(max(_POLL_S[0], _POLL_SHARE * waited), _POLL_S[1]))
 
 
 def _pack(instruction: Instruction) -> tuple[RecordDict, int]:
