@@ -117,9 +117,11 @@ def require(run_folder: Path, round_index: int, purpose: int) -> Payload:
     """The stored payload of a sum.
 
     Raises:
-        ProtocolError: there is none.
+        ProtocolError: there is none, or no such purpose.
         VerificationError: the file is damaged.
     """
+    if purpose not in PURPOSES:
+        raise ProtocolError(f"purpose: expected one of {sorted(PURPOSES)}, got {purpose}")
     payload = load(run_folder, round_index, purpose)
     if payload is None:
         raise ProtocolError(f"this site has nothing to add to the sum of {PURPOSES[purpose]} in round {round_index}")

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from flwr.app import Context, Message, RecordDict
-from wardround.client import gate, update
+from wardround.client import gate, payload, sharing, update
 from wardround.client.app import app, pack, unpack
 from wardround.client.folder import Site
-from wardround.client.registry import to_registry
+from wardround.client.registry import to_registry, write_registry
+from wardround.common import sums
 from wardround.common.adapter import Manifest
 from wardround.common.config import RunConfig
 from wardround.common.counts import Counts
@@ -23,16 +26,20 @@ from wardround.common.dictionary import Dictionary
 from wardround.common.global_model import GlobalModel
 from wardround.common.lm import models
 from wardround.common.messages import (
-    CollectInstruction,
-    CollectReply,
     CountInstruction,
-    CountReply,
     Failure,
     Instruction,
+    KeysReply,
+    MaskedReply,
+    MaskInstruction,
     Reply,
     SchemaInstruction,
     SchemaReply,
+    SharesInstruction,
+    SumInstruction,
+    SurvivorsInstruction,
     TrainInstruction,
+    UnmaskInstruction,
     WarmupInstruction,
     WarmupReply,
     join,
@@ -40,8 +47,11 @@ from wardround.common.messages import (
 )
 from wardround.common.question import load_prompt
 from wardround.common.schema import Schema, derive_schema
+from wardround.common.secagg.keys import COUNTS, UPDATE, Advert
 from wardround.simulations.federation import InProcessGrid, write_sites
 from wardround.simulations.synthetic_registry import make
+
+pytestmark = pytest.mark.usefixtures("cheap_scrypt")
 
 RUN = "0123456789abcdef" * 2
 SECRET = "patient 4711"
@@ -105,8 +115,25 @@ def log(folder: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def count(folder: Path, run: RunConfig, **changes: Any) -> CountInstruction:
-    return CountInstruction(**head(run, **changes), dictionary_digest=dictionary_of(folder).digest())
+def count(folder: Path, run: RunConfig, model: str = "", attempt: int = 1, **changes: Any) -> CountInstruction:
+    fields = head(run, 0, model, **changes)
+    return CountInstruction(**fields, attempt=attempt, dictionary_digest=dictionary_of(folder).digest())
+
+
+def train(run: RunConfig, model: GlobalModel, index: int = 1, attempt: int = 1, schema: str = "s") -> TrainInstruction:
+    fields = head(run, index, model.digest)
+    return TrainInstruction(**fields, attempt=attempt, schema_digest=schema, vector=model.trainable)
+
+
+def advert_of(reply: Reply) -> Advert:
+    assert isinstance(reply, KeysReply), reply
+    advert = Advert.from_bytes(reply.advert.tobytes())
+    advert.verify()
+    return advert
+
+
+def given(folder: Path, purpose: int, index: int = 0) -> payload.Payload:
+    return payload.require(folder / "state" / "runs" / RUN, index, purpose)
 
 
 def warm(folder: Path, run: RunConfig, model: GlobalModel, **changes: Any) -> WarmupInstruction:
@@ -124,10 +151,10 @@ def warm(folder: Path, run: RunConfig, model: GlobalModel, **changes: Any) -> Wa
 def set_up(folder: Path, run: RunConfig, model: GlobalModel) -> Schema:
     """Warm-up and schema phases."""
     assert isinstance(ask(folder, warm(folder, run, model)), WarmupReply)
-    counted = ask(folder, count(folder, run))
-    assert isinstance(counted, CountReply)
+    assert isinstance(ask(folder, count(folder, run, model.digest)), KeysReply)
     dictionary = dictionary_of(folder)
-    schema = derive_schema(Counts.from_vector(counted.counts, dictionary), dictionary, run.questions)
+    counts = Counts.from_vector(given(folder, COUNTS).ring.astype(np.int64), dictionary)
+    schema = derive_schema(counts, dictionary, run.questions)
     published = ask(folder, SchemaInstruction(**head(run), schema=schema.to_json()))
     assert isinstance(published, SchemaReply) and published.schema_digest == schema.digest()
     return schema
@@ -135,17 +162,68 @@ def set_up(folder: Path, run: RunConfig, model: GlobalModel) -> Schema:
 
 def test_a_site_confirms_the_model_it_computed_itself(folder: Path, run: RunConfig, round_zero: GlobalModel):
     reply = ask(folder, warm(folder, run, round_zero))
-    site = Site.open(folder / "site.toml")
     assert isinstance(reply, WarmupReply)
     assert (reply.site, reply.model_digest) == ("site-01", round_zero.digest)
-    assert reply.patients == len(site.splits["train"])
+    assert reply.dictionary_digest == dictionary_of(folder).digest()
 
 
-def test_counts_are_of_training_patients_only(folder: Path, run: RunConfig):
-    reply = ask(folder, count(folder, run))
+def test_a_site_without_a_training_patient_says_so_at_the_roll_call(
+    folder: Path, run: RunConfig, round_zero: GlobalModel
+):
     site = Site.open(folder / "site.toml")
-    assert isinstance(reply, CountReply)
-    assert Counts.from_vector(reply.counts, site.dictionary).rows == len(site.splits["train"]) < len(site.registry)
+    write_registry(site.registry.take(site.splits["test"]), folder / "registry.parquet")
+    reply = ask(folder, warm(folder, run, round_zero))
+    assert isinstance(reply, Failure) and reply.code == "registry"
+    assert "no training patient" in log(folder)
+
+
+def test_counts_are_of_training_patients_and_stay_in_the_site(folder: Path, run: RunConfig, round_zero: GlobalModel):
+    ask(folder, warm(folder, run, round_zero))
+    message = send(folder, count(folder, run, round_zero.digest))
+    site, kept = Site.open(folder / "site.toml"), given(folder, COUNTS)
+    counts = Counts.from_vector(kept.ring.astype(np.int64), site.dictionary)
+    assert counts.rows == len(site.splits["train"]) < len(site.registry)
+    assert kept.tail.tolist() == [len(site.patients_of("train"))]
+    sent, vectors = unpack(message.content)
+    about = advert_of(join(sent, vectors, Reply)).binding
+    assert (about.ring_values, about.tail_values, about.purpose) == (len(kept.ring), 1, COUNTS)
+    assert set(vectors) == {"advert"} and len(vectors["advert"]) == Advert.BYTES
+    assert kept.ring.tobytes() not in sent + vectors["advert"]
+
+
+def test_counts_are_made_once_and_every_attempt_has_fresh_keys(folder: Path, run: RunConfig, round_zero: GlobalModel):
+    ask(folder, warm(folder, run, round_zero))
+    first = ask(folder, count(folder, run, round_zero.digest))
+    (folder / "registry.parquet").unlink()  # what the second attempt adds up is what the first would have
+    assert ask(folder, count(folder, run, round_zero.digest)) == first
+    second = advert_of(ask(folder, count(folder, run, round_zero.digest, attempt=2)))
+    one = advert_of(first)
+    assert second.id == one.id and second.binding.attempt == 2
+    assert not {one.encryption_key, one.mask_key, one.commitment} & {
+        second.encryption_key, second.mask_key, second.commitment,
+    }  # fmt: skip
+    closed = ask(folder, count(folder, run, round_zero.digest))
+    assert isinstance(closed, Failure) and closed.code == "out-of-turn"
+
+
+def test_counts_too_large_for_a_sum_are_refused(folder: Path, run: RunConfig, round_zero: GlobalModel):
+    ask(folder, warm(folder, run, round_zero))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sums, "count_limit", lambda config: 50)
+        reply = ask(folder, count(folder, run, round_zero.digest))
+    assert isinstance(reply, Failure) and reply.code == "registry"
+    assert "more than 50 patients in a bin: lower federation.max_sites" in log(folder)
+
+
+def test_counts_belong_to_the_round_0_adapter(folder: Path, run: RunConfig, round_zero: GlobalModel):
+    early = ask(folder, count(folder, run, round_zero.digest))
+    assert isinstance(early, Failure) and early.code == "protocol"
+    ask(folder, warm(folder, run, round_zero))
+    other = ask(folder, count(folder, run, "ab" * 32))
+    assert isinstance(other, Failure) and other.code == "verification"
+    dictionary = CountInstruction(**head(run, 0, round_zero.digest), attempt=1, dictionary_digest="0" * 64)
+    foreign = ask(folder, dictionary)
+    assert isinstance(foreign, Failure) and foreign.code == "verification"
 
 
 def test_everything_that_leaves_is_in_the_ledger_with_its_size_and_digest(
@@ -153,7 +231,7 @@ def test_everything_that_leaves_is_in_the_ledger_with_its_size_and_digest(
 ):
     replies = [
         send(folder, warm(folder, run, round_zero)),
-        send(folder, count(folder, run)),
+        send(folder, count(folder, run, round_zero.digest)),
         send(folder, count(folder, run, run_id="../../etc")),
     ]
     assert len(entries(folder)) == 3
@@ -182,30 +260,74 @@ def test_state_is_for_the_site_only(folder: Path, run: RunConfig, round_zero: Gl
     assert all(not path.stat().st_mode & 0o077 for path in (folder / "state").rglob("*.*"))
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [("simulated = true", "simulated = false"), ('table = "', 'table = "missing-')],
-    ids=["real", "table"],
-)
-def test_a_failure_is_a_code_and_its_text_stays_in_the_site(folder: Path, run: RunConfig, old: str, new: str):
-    edit(folder, old, new)
-    message = send(folder, count(folder, run))
-    reply = join(*unpack(message.content), Failure)
-    assert reply.code == {"simulated = true": "refused"}.get(old, "registry")
+def test_a_failure_is_a_code_and_its_text_stays_in_the_site(folder: Path, run: RunConfig, round_zero: GlobalModel):
+    ask(folder, warm(folder, run, round_zero))
+    edit(folder, 'table = "', 'table = "missing-')
+    message = send(folder, count(folder, run, round_zero.digest))
+    assert join(*unpack(message.content), Failure).code == "registry"
     assert len(unpack(message.content)[0]) < 250
-    assert "missing-registry.parquet" in log(folder) or "unmasked" in log(folder)
+    assert "missing-registry.parquet" in log(folder)
 
 
-def test_a_real_site_refuses_before_it_reads_a_patient(folder: Path, run: RunConfig):
+def in_the_clear(run: RunConfig) -> RunConfig:
+    return run.model_copy(
+        update={"federation": run.federation.model_copy(update={"secure_aggregation": "none"})},
+    )
+
+
+def test_a_real_site_refuses_sums_in_the_clear_before_it_reads_a_patient(
+    folder: Path, run: RunConfig, round_zero: GlobalModel
+):
     edit(folder, "simulated = true", "simulated = false")
     (folder / "registry.parquet").unlink()
-    reply = ask(folder, count(folder, run))
-    assert isinstance(reply, Failure) and reply.code == "refused"
-    assert entries(folder)[0]["code"] == "refused"
+    plain = in_the_clear(run)
+    for instruction in (warm(folder, plain, round_zero), count(folder, plain), train(plain, round_zero)):
+        reply = ask(folder, instruction)
+        assert isinstance(reply, Failure) and reply.code == "refused"
+    assert {entry["code"] for entry in entries(folder)} == {"refused"}
+    assert not (folder / "state" / "runs").exists() and "in the clear" in log(folder)
+
+
+def test_a_real_site_takes_part_in_secure_sums(folder: Path, run: RunConfig, round_zero: GlobalModel):
+    edit(folder, "simulated = true", "simulated = false")
+    assert isinstance(ask(folder, warm(folder, run, round_zero)), WarmupReply)
+    assert isinstance(ask(folder, count(folder, run, round_zero.digest)), KeysReply)
+
+
+def test_a_simulated_site_sends_no_count_in_the_clear_either(folder: Path, run: RunConfig, round_zero: GlobalModel):
+    plain = in_the_clear(run)
+    ask(folder, warm(folder, plain, round_zero))
+    reply = ask(folder, count(folder, plain, round_zero.digest))
+    assert isinstance(reply, KeysReply) and reply.advert.size == 0
+
+
+@pytest.mark.parametrize(
+    ("pattern", "new", "code"),
+    [
+        (r'roster_digest = "\w+"', f'roster_digest = "{"0" * 64}"', "verification"),
+        (r'roster_digest = "\w+"', "", "config"),
+        (r'passphrase_file = "[\w.]+"', "", "config"),
+        (r'name = "site-01"', 'name = "site-9"', "verification"),
+    ],
+    ids=["another-roster", "no-roster", "no-passphrase", "another-name"],
+)
+def test_a_site_whose_identity_or_roster_is_not_usable_gives_no_keys(
+    folder: Path, run: RunConfig, round_zero: GlobalModel, pattern: str, new: str, code: str,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.delenv("WARDROUND_PASSPHRASE", raising=False)
+    ask(folder, warm(folder, run, round_zero))
+    path = folder / "site.toml"
+    text, n = re.subn(pattern, new, path.read_text())
+    assert n == 1
+    path.write_text(text)
+    sharing._identities.clear()
+    reply = ask(folder, count(folder, run, round_zero.digest))
+    assert isinstance(reply, Failure) and reply.code == code
 
 
 def test_an_unexpected_exception_leaves_as_a_code(folder: Path, run: RunConfig, monkeypatch: pytest.MonkeyPatch):
-    def broken(site: Site, instruction: CountInstruction) -> CountReply:
+    def broken(site: Site, instruction: CountInstruction) -> KeysReply:
         raise KeyError(SECRET)
 
     monkeypatch.setitem(gate.WORK, CountInstruction, broken)
@@ -217,7 +339,6 @@ def test_an_unexpected_exception_leaves_as_a_code(folder: Path, run: RunConfig, 
 
 
 def test_nothing_leaves_when_the_ledger_cannot_be_written(folder: Path, run: RunConfig):
-    (folder / "state").mkdir()
     (folder / "state" / "ledger.jsonl").mkdir()
     message = send(folder, count(folder, run))
     assert not message.has_content()
@@ -225,14 +346,47 @@ def test_nothing_leaves_when_the_ledger_cannot_be_written(folder: Path, run: Run
 
 
 def test_a_damaged_ledger_stops_the_site(folder: Path, run: RunConfig):
-    (folder / "state").mkdir()
     (folder / "state" / "ledger.jsonl").write_text("hello\n")
     assert send(folder, count(folder, run)).has_error()
 
 
 def test_a_message_on_the_wrong_route_is_refused(folder: Path, run: RunConfig):
-    reply = ask(folder, count(folder, run), route="query.collect")
-    assert isinstance(reply, Failure) and reply.code == "protocol"
+    for route in ("query.mask", "train.local", "evaluate.test"):
+        reply = ask(folder, count(folder, run), route=route)
+        assert isinstance(reply, Failure) and reply.code == "protocol"
+
+
+def test_exchanges_of_a_sum_that_was_not_begun_are_out_of_turn(folder: Path, run: RunConfig, round_zero: GlobalModel):
+    ask(folder, warm(folder, run, round_zero))
+    about = {**head(run, 0, round_zero.digest), "purpose": COUNTS, "attempt": 1}
+    some = np.zeros(3, np.uint8)
+    later: list[SumInstruction] = [
+        MaskInstruction(**about, recipients=some, ciphertexts=some),
+        SurvivorsInstruction(**about, survivors=some),
+        UnmaskInstruction(**about, signers=some, signatures=some),
+    ]
+    shares = SharesInstruction(**about, threshold=3, key_list=some)
+    codes = [ask(folder, instruction) for instruction in (shares, *later)]
+    # A site that has nothing to add says that first.
+    assert [reply.code for reply in codes if isinstance(reply, Failure)] == [
+        "out-of-turn", "protocol", "protocol", "out-of-turn",
+    ]  # fmt: skip
+    ask(folder, count(folder, run, round_zero.digest))
+    codes = [ask(folder, instruction) for instruction in (*later, shares)]
+    assert [reply.code for reply in codes if isinstance(reply, Failure)] == [*["out-of-turn"] * 3, "malformed"]
+    for purpose in (0, 5, -1):  # no such sum
+        for instruction in (shares, *later):
+            reply = ask(folder, replace(instruction, purpose=purpose))
+            assert isinstance(reply, Failure) and reply.code == "protocol"
+
+
+def test_a_masked_vector_travels_as_an_array_that_flower_cuts_into_pieces():
+    reply = MaskedReply(run_id=RUN, site="s", round_index=1, masked=np.arange(7, dtype=np.uint32))
+    content = pack(*split(reply))
+    (array,) = content.array_records["wardround.vectors"].values()
+    assert (array.dtype, array.shape, array.stype) == ("uint32", (7,), "wardround.raw")
+    assert array.data == np.arange(7, dtype="<u4").tobytes()
+    assert join(*unpack(content), Reply) == reply
 
 
 @pytest.mark.parametrize("run_id", ["", "../../../etc/passwd", "0" * 31, "A" * 32, "0" * 33])
@@ -253,7 +407,7 @@ def test_a_run_id_that_could_be_a_path_is_refused(folder: Path, run: RunConfig, 
 )
 def test_a_config_that_is_not_what_it_says_is_refused(folder: Path, run: RunConfig, changes: dict, code: str):
     fields = {**head(run), **changes}
-    reply = ask(folder, CountInstruction(**fields, dictionary_digest=dictionary_of(folder).digest()))
+    reply = ask(folder, CountInstruction(**fields, attempt=1, dictionary_digest=dictionary_of(folder).digest()))
     assert isinstance(reply, Failure) and reply.code == code
 
 
@@ -276,38 +430,30 @@ def test_another_model_dictionary_or_prompt_than_promised_is_refused(
 
 
 def test_training_needs_the_phases_before_it(folder: Path, run: RunConfig, round_zero: GlobalModel):
-    instruction = TrainInstruction(
-        **head(run, 1, round_zero.digest), schema_digest="0" * 64, vector=round_zero.trainable
-    )
-    reply = ask(folder, instruction)
+    reply = ask(folder, train(run, round_zero, schema="0" * 64))
     assert isinstance(reply, Failure) and reply.code == "protocol"
 
 
 def test_a_model_other_than_its_digest_is_not_trained_on(folder: Path, run: RunConfig, round_zero: GlobalModel):
     schema = set_up(folder, run, round_zero)
     moved = round_zero.trainable + np.float32(1)
-    instruction = TrainInstruction(**head(run, 1, round_zero.digest), schema_digest=schema.digest(), vector=moved)
-    reply = ask(folder, instruction)
+    reply = ask(folder, replace(train(run, round_zero, schema=schema.digest()), vector=moved))
     assert isinstance(reply, Failure) and reply.code == "verification"
 
 
 def stored(folder: Path, run: RunConfig, model: GlobalModel, index: int) -> update.StoredUpdate:
     """An update in the state folder, as a round that was trained before a restart left it."""
-    instruction = TrainInstruction(**head(run, index, model.digest), schema_digest="s", vector=model.trainable)
     digest = hashlib.sha256(
         json.dumps([RUN, str(index), run.digest(), model.digest, "s"]).encode()
     ).hexdigest()  # fmt: skip
-    statistics = {"steps": 1, "questions": 2, "completions": 4, "reward_sum": 1.5, "boxed": 4, "completion_tokens": 4}
     left = update.StoredUpdate(
         digest,
         model.digest,
-        1,
+        sums.input_digest("s").hex(),
         np.ones(model.manifest.size, np.float32),
-        {**statistics, "seconds": 0.25},
-        np.array([1, 1]),
+        np.arange(1, sums.update_tail(run) + 1),
     )
     update.store(folder / "state" / "runs" / RUN, index, left)
-    assert instruction.round_index == index
     return left
 
 
@@ -315,20 +461,40 @@ def test_a_repeated_instruction_is_answered_from_disk_without_training(
     folder: Path, run: RunConfig, round_zero: GlobalModel
 ):
     ask(folder, warm(folder, run, round_zero))
-    stored(folder, run, round_zero, 1)
-    instruction = TrainInstruction(**head(run, 1, round_zero.digest), schema_digest="s", vector=round_zero.trainable)
-    first, second = send(folder, instruction), send(folder, instruction)
+    left = stored(folder, run, round_zero, 1)
+    first, second = send(folder, train(run, round_zero)), send(folder, train(run, round_zero))
     assert unpack(first.content) == unpack(second.content)
-    collected = ask(folder, CollectInstruction(**head(run, 1, round_zero.digest)))
-    assert isinstance(collected, CollectReply)
-    assert collected.delta.tolist() == [1.0] * round_zero.manifest.size
+    about = advert_of(join(*unpack(first.content), Reply)).binding
+    assert (about.purpose, about.round_index, about.ring_values) == (UPDATE, 1, round_zero.manifest.size)
+    assert about.tail_values == sums.update_tail(run)
+    assert (about.model.hex(), about.config.hex()) == (round_zero.digest, run.digest())
+    kept = given(folder, UPDATE, 1)
+    assert kept.ring.tobytes() == left.delta.tobytes() and kept.tail.tolist() == left.tail.tolist()
+
+
+def test_a_retry_gets_fresh_keys_for_the_same_update(folder: Path, run: RunConfig, round_zero: GlobalModel):
+    ask(folder, warm(folder, run, round_zero))
+    stored(folder, run, round_zero, 1)
+    before = given(folder, UPDATE, 1).content_digest(UPDATE)
+    first, second = (advert_of(ask(folder, train(run, round_zero, attempt=n))) for n in (1, 2))
+    assert first.mask_key != second.mask_key and first.commitment != second.commitment
+    assert given(folder, UPDATE, 1).content_digest(UPDATE) == before
+
+
+def test_sums_of_rounds_before_the_newest_are_over(folder: Path, run: RunConfig, round_zero: GlobalModel):
+    ask(folder, warm(folder, run, round_zero))
+    for index in (1, 2):
+        stored(folder, run, round_zero, index)
+        assert isinstance(ask(folder, train(run, round_zero, index)), KeysReply)
+    reply = ask(folder, train(run, round_zero, 1, attempt=2))
+    assert isinstance(reply, Failure) and reply.code == "out-of-turn"
 
 
 def test_one_round_is_never_trained_from_two_models(folder: Path, run: RunConfig, round_zero: GlobalModel):
     ask(folder, warm(folder, run, round_zero))
     stored(folder, run, round_zero, 1)
     moved = round_zero.moved(round_zero.trainable + np.float32(1))
-    reply = ask(folder, TrainInstruction(**head(run, 1, moved.digest), schema_digest="s", vector=moved.trainable))
+    reply = ask(folder, train(run, moved))
     assert isinstance(reply, Failure) and reply.code == "refused"
 
 
@@ -339,34 +505,26 @@ def test_a_round_whose_update_is_gone_is_not_trained_again_from_another_model(
     update.claim(folder / "state" / "runs" / RUN, 1, "what round 1 was trained from")
     for index in (1, 2):
         update.claim(folder / "state" / "runs" / RUN, 2, "what round 2 was trained from")
-        instruction = TrainInstruction(
-            **head(run, index, round_zero.digest), schema_digest=schema.digest(), vector=round_zero.trainable
-        )
-        reply = ask(folder, instruction)
+        reply = ask(folder, train(run, round_zero, index, schema=schema.digest()))
         assert isinstance(reply, Failure) and reply.code == "refused"
     assert "round 1: already trained from another model" in log(folder)
 
 
-def test_an_update_is_collected_for_its_own_model_and_round_only(folder: Path, run: RunConfig, round_zero: GlobalModel):
+def test_counting_and_its_secure_sum_load_no_torch(folder: Path, run: RunConfig, round_zero: GlobalModel):
     ask(folder, warm(folder, run, round_zero))
-    stored(folder, run, round_zero, 1)
-    for index, model in ((2, round_zero.digest), (1, "0" * 64)):
-        reply = ask(folder, CollectInstruction(**head(run, index, model)))
-        assert isinstance(reply, Failure) and reply.code == "protocol"
-
-
-def test_counting_loads_no_torch(folder: Path, run: RunConfig):
     code = """
 import sys
 from pathlib import Path
 from wardround.client.gate import respond
+from wardround.common import identity
 from wardround.common.messages import CountInstruction
 import wardround.client.app
+identity._SCRYPT["n"] = 2**4  # as this site was made
 head, vectors = respond(Path(sys.argv[1]), CountInstruction, bytes.fromhex(sys.argv[2]), {})
 heavy = {"torch", "transformers", "trl", "peft"}
-print(len(head) > 100, len(vectors["counts"]) > 100, sorted(heavy & set(sys.modules)))
+print(len(head) > 100, len(vectors["advert"]) == 375, sorted(heavy & set(sys.modules)))
 """
-    sent = split(count(folder, run))[0].hex()
+    sent = split(count(folder, run, round_zero.digest))[0].hex()
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder / "site.toml"), sent], capture_output=True, text=True, check=True
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from wardround.client import local_report, site
+from wardround.client import local_report, payload, site
 from wardround.client.folder import Site
 from wardround.client.registry import to_registry
 from wardround.common.config import RunConfig
@@ -16,9 +16,12 @@ from wardround.common.lm import models
 from wardround.common.messages import EvaluateInstruction, SchemaInstruction, WarmupInstruction, encode
 from wardround.common.question import load_prompt
 from wardround.common.schema import derive_schema
+from wardround.common.secagg.keys import TEST
 from wardround.common.statistics import CHANCE_UNIT, Tally
 from wardround.simulations.federation import write_sites
 from wardround.simulations.synthetic_registry import make
+
+pytestmark = pytest.mark.usefixtures("cheap_scrypt")
 
 RUN = "0123456789abcdef" * 2
 HOSTILE = "</pre><script>alert(1)</script>\"'&"
@@ -100,7 +103,7 @@ def test_samples_of_a_registry_that_is_not_open_stay_in_the_sites_own_report(
     site.take_schema(here, SchemaInstruction(**head, round_index=0, schema=schema.to_json()))
     digests = {"schema_digest": schema.digest(), "warmup_digest": model.digest}
     reply = site.evaluate(
-        here, EvaluateInstruction(**head, round_index=1, **digests, warmup=model.full, final=model.full)
+        here, EvaluateInstruction(**head, round_index=1, attempt=1, **digests, warmup=model.full, final=model.full)
     )
     text = (here.state / "runs" / RUN / "report.html").read_text()
     assert text.count("<h3>") == 2 and text.count("True answer") == 2
@@ -110,3 +113,5 @@ def test_samples_of_a_registry_that_is_not_open_stay_in_the_sites_own_report(
     assert (reply.samples == "[]") == (not public)
     leaving = encode(reply)
     assert (b"options" in leaving) == public
+    own = payload.require(here.run_folder(RUN), 1, TEST)
+    assert own.tail.sum() > 0 and own.tail.astype("<i8").tobytes() not in leaving

@@ -10,9 +10,11 @@ from wardround.common.errors import ConfigError, RefusedError
 from wardround.common.messages import (
     INSTRUCTIONS,
     REPLIES,
-    CollectInstruction,
-    CollectReply,
+    CountInstruction,
     EvaluateReply,
+    Failure,
+    KeysReply,
+    MaskedReply,
     Reply,
     WarmupReply,
 )
@@ -23,54 +25,63 @@ PRIVATE = PUBLIC.model_copy(update={"public": False})
 SIMULATED = PolicyConfig(simulated=True, share_samples=True)
 
 
-def ask(config: RunConfig, round_index: int = 1) -> CollectInstruction:
-    return CollectInstruction(
+def ask(config: RunConfig, round_index: int = 1) -> CountInstruction:
+    return CountInstruction(
         run_id="0" * 32,
         config=config.to_json(),
         config_digest=config.digest(),
         round_index=round_index,
         model_digest="",
+        attempt=1,
+        dictionary_digest="",
     )
 
 
-def run(**changes: object) -> RunConfig:
-    return RunConfig.model_validate({"name": "t", "federation": {"rounds": 5}, "grpo": {"local_steps": 9}, **changes})
+def run(secure: str = "bonawitz") -> RunConfig:
+    federation = {"rounds": 5, "secure_aggregation": secure}
+    return RunConfig.model_validate({"name": "t", "federation": federation, "grpo": {"local_steps": 9}})
 
 
-def collected(size: int = 4) -> CollectReply:
-    return CollectReply(run_id="r", site="s", round_index=1, weight=1, delta=np.zeros(size, np.float32))
+def masked() -> MaskedReply:
+    return MaskedReply(run_id="r", site="s", round_index=1, masked=np.zeros(4, np.uint32))
 
 
 def evaluated(samples: str) -> EvaluateReply:
-    return EvaluateReply(run_id="r", site="s", round_index=1, samples=samples, tally=np.zeros(1, np.int64))
+    return EvaluateReply(run_id="r", site="s", round_index=1, samples=samples, advert=np.zeros(1, np.uint8))
 
 
 @pytest.mark.parametrize(
-    ("site", "dictionary", "round_index", "said"),
+    ("site", "round_index", "said"),
     [
-        (PolicyConfig(), PUBLIC, 1, "unmasked"),
-        (PolicyConfig(), PRIVATE, 1, "unmasked"),
-        (PolicyConfig(simulated=True), PRIVATE, 1, "unmasked"),
-        (
-            PolicyConfig(simulated=True, max_rounds=4),
-            PUBLIC,
-            1,
-            "max_rounds: this hospital allows 4, the coordinator asks for 5",
-        ),
-        (PolicyConfig(simulated=True, max_local_steps=8), PUBLIC, 1, "max_local_steps: this hospital allows 8"),
-        (SIMULATED, PUBLIC, 6, "round 6: the run's config says rounds 0 to 5"),
-        (SIMULATED, PUBLIC, -1, "round -1"),
+        (PolicyConfig(max_rounds=4), 1, "max_rounds: this hospital allows 4, the coordinator asks for 5"),
+        (PolicyConfig(max_local_steps=8), 1, "max_local_steps: this hospital allows 8"),
+        (PolicyConfig(), 6, "round 6: the run's config says rounds 0 to 5"),
+        (PolicyConfig(), -1, "round -1"),
     ],
 )
+@pytest.mark.parametrize("dictionary", [PUBLIC, PRIVATE], ids=["public", "private"])
 def test_a_demand_beyond_a_limit_is_refused(site: PolicyConfig, dictionary: Dictionary, round_index: int, said: str):
     with pytest.raises(RefusedError, match=said):
         policy.check_instruction(site, dictionary, run(), ask(run(), round_index))
 
 
 @pytest.mark.parametrize("round_index", [0, 5])
-def test_a_demand_at_the_limits_is_allowed(round_index: int):
-    site = PolicyConfig(simulated=True, max_rounds=5, max_local_steps=9)
-    policy.check_instruction(site, PUBLIC, run(), ask(run(), round_index))
+@pytest.mark.parametrize("dictionary", [PUBLIC, PRIVATE], ids=["public", "private"])
+def test_a_real_hospital_takes_part_in_secure_sums_up_to_its_limits(dictionary: Dictionary, round_index: int):
+    policy.check_instruction(PolicyConfig(max_rounds=5, max_local_steps=9), dictionary, run(), ask(run(), round_index))
+
+
+@pytest.mark.parametrize(
+    ("site", "dictionary"),
+    [(PolicyConfig(), PUBLIC), (PolicyConfig(), PRIVATE), (PolicyConfig(simulated=True), PRIVATE)],
+)
+def test_sums_in_the_clear_are_for_simulated_sites_of_public_registries_only(
+    site: PolicyConfig, dictionary: Dictionary
+):
+    config = run("none")
+    with pytest.raises(RefusedError, match="adds updates and counts up in the clear: only a simulated site"):
+        policy.check_instruction(site, dictionary, config, ask(config))
+    policy.check_instruction(PolicyConfig(simulated=True), PUBLIC, config, ask(config))
 
 
 def test_only_listed_base_models_are_allowed():
@@ -98,11 +109,10 @@ def test_runs_are_limited():
         policy.check_runs(PolicyConfig(max_runs=3), 4)
 
 
-def test_an_unmasked_update_leaves_only_a_simulated_site_of_a_public_registry():
-    assert "unmasked" in policy.check_egress(SIMULATED, PUBLIC, collected(), 100, 0)
-    for site, dictionary in ((PolicyConfig(), PUBLIC), (SIMULATED, PRIVATE)):
-        with pytest.raises(RefusedError, match="unmasked update"):
-            policy.check_egress(site, dictionary, collected(), 100, 0)
+@pytest.mark.parametrize("dictionary", [PUBLIC, PRIVATE], ids=["public", "private"])
+def test_a_masked_vector_leaves_every_site_and_the_ledger_says_what_can_be_read(dictionary: Dictionary):
+    said = policy.check_egress(PolicyConfig(), dictionary, masked(), 100, 0)
+    assert said == "a vector under masks: only the sum of a quorum can be read"
 
 
 @pytest.mark.parametrize(
@@ -122,18 +132,18 @@ def test_samples_leave_only_where_everything_is_open(site: PolicyConfig, diction
 
 def test_bytes_count_over_everything_that_left():
     site = PolicyConfig(simulated=True, max_upload_bytes=1000)
-    policy.check_egress(site, PUBLIC, collected(), 400, 600)
+    policy.check_egress(site, PUBLIC, masked(), 400, 600)
     with pytest.raises(
         RefusedError, match="max_upload_bytes: this hospital allows 1000, the coordinator asks for 1001"
     ):
-        policy.check_egress(site, PUBLIC, collected(), 401, 600)
+        policy.check_egress(site, PUBLIC, masked(), 401, 600)
 
 
 def test_a_reply_that_is_not_on_the_list_does_not_leave():
     class Other(WarmupReply):
         pass
 
-    other = Other(run_id="r", site="s", round_index=0, model_digest="", dictionary_digest="", patients=1)
+    other = Other(run_id="r", site="s", round_index=0, model_digest="", dictionary_digest="")
     with pytest.raises(RefusedError, match="Other is not among"):
         policy.check_egress(SIMULATED, PUBLIC, other, 1, 0)
 
@@ -142,3 +152,11 @@ def test_every_kind_of_reply_has_a_purpose_and_every_instruction_work():
     assert set(policy.PURPOSE) == set(REPLIES)
     assert set(WORK) == set(INSTRUCTIONS)
     assert all(issubclass(kind, Reply) for kind in policy.PURPOSE)
+    # A person reads these in the ledger: what leaves under a key, a mask or an encryption says so.
+    for kind in set(REPLIES) - {Failure}:
+        assert any(word in policy.PURPOSE[kind] for word in ("confirm", "keys", "masks", "signature", "unmask"))
+
+
+def test_keys_say_nothing_of_what_they_are_for():
+    keys = KeysReply(run_id="r", site="s", round_index=1, advert=np.zeros(375, np.uint8))
+    assert policy.check_egress(PolicyConfig(), PRIVATE, keys, 1, 0) == "public keys for a secure sum"
