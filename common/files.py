@@ -133,11 +133,16 @@ def read_record(path: Path) -> Record:
     if not body.startswith(_MAGIC) or hashlib.sha256(body).digest() != digest:
         raise VerificationError(f"{path}: damaged: its checksum is not that of its content")
     start = len(_MAGIC) + _LENGTH.size
-    (size,) = _LENGTH.unpack(body[len(_MAGIC) : start])
-    header = cast("dict[str, Any]", json.loads(body[start : start + size]))
-    offset = start + size
     vectors: dict[str, NDArray[Any]] = {}
-    for name, (dtype, count) in header["vectors"].items():
-        vectors[name] = np.frombuffer(body, dtype=dtype, count=count, offset=offset)
-        offset += vectors[name].nbytes
-    return Record(header["values"], vectors)
+    try:
+        (size,) = _LENGTH.unpack(body[len(_MAGIC) : start])
+        header = cast("dict[str, Any]", json.loads(body[start : start + size]))
+        offset, values = start + size, dict(header["values"])
+        for name, (dtype, count) in header["vectors"].items():
+            if dtype not in _DTYPES or count < 0:
+                raise ValueError(dtype)
+            vectors[name] = np.frombuffer(body, dtype=dtype, count=count, offset=offset)
+            offset += vectors[name].nbytes
+    except (struct.error, AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError):
+        raise VerificationError(f"{path}: damaged: its content is not that of a record") from None
+    return Record(values, vectors)

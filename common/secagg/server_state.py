@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..errors import ProtocolError, SumError, VerificationError
 from . import masking, shamir
 from .client_state import CIPHERTEXT_BYTES, pair_key, self_key, statement
-from .keys import Advert, Binding, KeyList, bitmap, commitment, members_of, pieces, public_of, verify
+from .keys import Advert, Binding, KeyList, bitmap, commitment, pieces, public_of, verify
 
 Ring = NDArray[np.uint32]
 Tail = NDArray[np.uint64]
@@ -268,12 +268,24 @@ class Attempt:
         Raises:
             SumError: "malformed".
         """
-        keys = KeyList.from_bytes(int(values["threshold"]), base64.b64decode(values["keys"]))
+        try:
+            threshold, data = values["threshold"], base64.b64decode(values["keys"], validate=True)
+            recipients, survivors = list(values["recipients"]), list(values["survivors"])
+            ring, tail = (np.array(vectors[name].view(dtype)) for name, dtype in (("ring", "<u4"), ("tail", "<u8")))
+        except (KeyError, TypeError, ValueError):
+            raise SumError("malformed", "record of a sum: a value or vector is missing, or of another kind") from None
+        if any(type(number) is not int for number in (threshold, *recipients, *survivors)):
+            raise SumError("malformed", "record of a sum: expected whole numbers")
+        keys = KeyList.from_bytes(threshold, data)
         attempt = cls(keys.adverts[0].binding)
+        if not (
+            set(survivors) <= set(recipients) <= set(range(keys.n))
+            and ring.shape == (attempt.binding.ring_values,)
+            and tail.shape == (attempt.binding.tail_values,)
+        ):
+            raise SumError("malformed", "record of a sum: members or lengths that its key list does not have")
         attempt.adverts = {advert.id: advert for advert in keys.adverts}
         attempt._keys = keys
-        attempt._recipients = members_of(bitmap(values["recipients"], keys.n), keys.n)
-        attempt._added = set(members_of(bitmap(values["survivors"], keys.n), keys.n))
-        attempt._ring = np.array(vectors["ring"].view("<u4"), np.uint32)
-        attempt._tail = np.array(vectors["tail"].view("<u8"), np.uint64)
+        attempt._recipients, attempt._added = tuple(sorted(set(recipients))), set(survivors)
+        attempt._ring, attempt._tail = ring.astype(np.uint32, copy=False), tail.astype(np.uint64, copy=False)
         return attempt
