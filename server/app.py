@@ -28,6 +28,7 @@ from .tracking import Progress, SilentProgress
 
 STYPE = "wardround.raw"  # as in client/app.py
 _POLL_S = (0.05, 3.0)  # shortest and longest pause between looks for replies
+_TTL_MARGIN_S = 60.0  # the deadline is ours: where Flower's comes first, a silent site looks like a broken wire
 _POLL_SHARE = 0.1  # between them, this share of the time since sending: so much later a reply is found at most
 
 app = ServerApp()
@@ -63,7 +64,7 @@ class FlowerExchange:
                     dst_node_id=node,
                     message_type=instruction.ROUTE,
                     group_id=str(instruction.round_index),
-                    ttl=self.timeout_s,
+                    ttl=self.timeout_s + _TTL_MARGIN_S,
                 )
             )
         pending = dict(zip(instructions, self.grid.push_messages(messages), strict=True))
