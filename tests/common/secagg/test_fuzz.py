@@ -437,7 +437,10 @@ def exchange_decoder() -> Decoder:
             state = fresh[0].state
             threshold = int.from_bytes(a[:8], "little", signed=True)
             client_state.share(state, site.members, threshold, b, no_random)
-            return (threshold, b) == (4, said["key_list"]) or threshold == 5
+            listed = [b[i : i + 375] for i in range(0, len(b), 375)]
+            members = [advert.to_bytes() for advert in run.attempt.keys.adverts]
+            n = len(listed)
+            return listed == [one for one in members if one in listed] and 2 * threshold > n + 1 and 3 <= threshold <= n
         if exchange == 3:
             client_state.mask(shared, site.members, a, b)
             return (a, b) == (said["recipients"], sealed)
