@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("wardround", "numpy", "pandas", "pyarrow", "torch", "transformers", "trl", "peft", "flwr")
+PACKAGES = ("wardround", "numpy", "pandas", "pyarrow", "torch", "transformers", "trl", "peft", "flwr", "cryptography")
 
 
 def environment() -> dict[str, Any]:

@@ -128,15 +128,15 @@ def read_record(path: Path) -> Record:
         VerificationError: damaged: cut, extended or changed.
         FileNotFoundError: no such file.
     """
-    data = path.read_bytes()
+    data = memoryview(path.read_bytes())  # vectors are views of it: it is in memory once
     body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
-    if not body.startswith(_MAGIC) or hashlib.sha256(body).digest() != digest:
+    if body[: len(_MAGIC)] != _MAGIC or hashlib.sha256(body).digest() != digest:
         raise VerificationError(f"{path}: damaged: its checksum is not that of its content")
     start = len(_MAGIC) + _LENGTH.size
     vectors: dict[str, NDArray[Any]] = {}
     try:
         (size,) = _LENGTH.unpack(body[len(_MAGIC) : start])
-        header = cast("dict[str, Any]", json.loads(body[start : start + size]))
+        header = cast("dict[str, Any]", json.loads(bytes(body[start : start + size])))
         offset, values = start + size, dict(header["values"])
         for name, (dtype, count) in header["vectors"].items():
             if dtype not in _DTYPES or count < 0:

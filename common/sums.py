@@ -88,12 +88,13 @@ def binding(
     )
 
 
-def content_digest(purpose: int, model_digest: str, inputs: bytes, content: bytes) -> str:
+def content_digest(purpose: int, model_digest: str, inputs: bytes, *content: bytes | memoryview) -> str:
     """What a site remembers of a payload that it gave to a sum (§S9), hexadecimal.
 
     Counts do not depend on the model, so theirs is the same in every run over the same registry.
     """
     state = hashlib.sha256(domain("content") + bytes([purpose]))
     state.update(b"" if purpose == COUNTS else bytes.fromhex(model_digest))
-    state.update(inputs + content)
+    for part in (inputs, *content):
+        state.update(part)
     return state.hexdigest()
