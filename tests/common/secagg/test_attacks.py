@@ -548,6 +548,20 @@ def test_a_wrong_share_is_found_and_its_pair_named_and_the_sum_is_right(dropped:
     assert run.attempt.misfits == ((sites[dealer].id, sites[liar].id),)
 
 
+def test_fewer_than_t_answers_release_nothing():
+    sites = parties(5)
+    run = begun(sites, 4)
+    for site in sites[:3]:
+        run.attempt.add_answer(site.id, site.unmask(run.said["signers"], run.said["signatures"]))
+    before = run.attempt.to_record()[1]["ring"].tobytes()
+    with pytest.raises(SumError) as caught:
+        run.attempt.unmask()
+    assert caught.value.code == "threshold"
+    assert run.attempt.to_record()[1]["ring"].tobytes() == before
+    run.attempt.add_answer(sites[3].id, sites[3].unmask(run.said["signers"], run.said["signatures"]))
+    assert as_lists(run.attempt.unmask()) == plain_sum(sites)
+
+
 def test_a_lie_in_the_bits_that_x25519_ignores_leaves_the_sum_right():
     """32 integers have one public key, so a small lie about a mask key may fit, and an honest share be off then: the
     name is the other's, the sum is not touched (shamir.reconstruct says so)."""
