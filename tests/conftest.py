@@ -36,7 +36,7 @@ def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cheap_scrypt() -> Iterator[None]:
-    """Identities of simulated sites are made and opened in a millisecond, not a tenth of a second, in this process only.
+    """Identities of simulated sites take a millisecond, not a tenth of a second, in this process only.
 
     Not for a module whose subprocesses make or open the same sites: the cost is no part of a key's file.
     """
