@@ -16,7 +16,7 @@ from wardround.common.config import LoraConfig, ModelConfig, RunConfig
 from wardround.common.errors import ModelError, RunFolderError, VerificationError
 from wardround.common.lm import merge, models
 from wardround.server.finalize import finalize
-from wardround.server.provenance import provenance
+from wardround.server.provenance import privacy_statement, provenance
 
 
 def trained(base: Path, strategy: str = "ffa", dtype: str = "float32", size: float = 0.05) -> models.LanguageModel:
@@ -164,11 +164,19 @@ def test_card_and_provenance_say_where_the_model_comes_from(tiny_model_path: Pat
     card = (tmp_path / "model" / "README.md").read_text()
     for part in (facts["config_digest"], facts["base_digest"], facts["adapter_digest"], "No patient-level guarantee"):
         assert part in card
-    assert "Updates and counts were not masked" in card
+    assert "left the sites under masks" in card and "at least 3 each time" in card and "in the clear" not in card
     assert "Not evaluated." in card
     written = json.loads((tmp_path / "model" / "provenance.json").read_text())
     assert {key: written[key] for key in facts} == facts
     assert written["verified"]["merge_difference"] <= 1e-5
+
+
+def test_what_was_added_up_in_the_clear_is_said_first(tiny_model_path: Path) -> None:
+    facts = facts_of(trained(tiny_model_path), secure_aggregation="none")
+    said = privacy_statement(facts)
+    assert said.startswith("Updates and counts were added up in the clear") and "under masks" not in said
+    said = privacy_statement({**facts, "secure_aggregation": "bonawitz", "min_sites": 5, "colluders": 2})
+    assert "at least 5 each time" in said and "at most 2 of the hospitals" in said and "in the clear" not in said
 
 
 def test_another_adapter_than_the_run_says_is_refused(tiny_model_path: Path, tmp_path: Path) -> None:
