@@ -8,7 +8,8 @@ model whose adapter is as large as wanted. One run a size: the round-0 adapter t
 the schema, the sum of one update; training is short and inside the update's first exchange. "At sites" is the time from
 sending to the last site's entry in its ledger (all processes share a clock), "back" the rest: the reply's way and the
 coordinator's look for it. Every exchange starts a Python process at every site, so on a machine whose cores the sites
-share these figures are higher than between hospitals; the file says how many cores and how busy.
+share these figures are higher than between hospitals; the file says how many cores, how busy, and the processor time of
+all processes together, which other work does not lengthen as much.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import sys
 import tempfile
 from datetime import datetime
@@ -25,7 +27,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 SITES = 3
-# Hidden size and LoRA rank → values of an update: 12,288 (16 KB model), 2.5 million, 10 million.
+# Hidden size and LoRA rank → values of an update: about 12,000, 2.5 million, 10 million.
 SIZES = {"tiny": (48, 16), "2.5M": (152, 1024), "10M": (616, 1024)}
 NAMES = {
     "query.warmup": "warm-up (round-0 adapter)",
@@ -37,7 +39,6 @@ NAMES = {
     "query.unmask": "5 unmask",
     "query.schema": "schema",
 }
-TASK_POLL_S = 1.0  # Flower's own default of how often a process is looked for
 
 
 def settings(model: Path, rank: int) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def settings(model: Path, rank: int) -> dict[str, Any]:
     }
 
 
-def one_run(name: str, folder: Path, task_poll_s: float) -> dict[str, Any]:
+def one_run(name: str, folder: Path) -> dict[str, Any]:
     """One size, over a deployment that is started for it and ended after it."""
     from wardround.common.config import RunConfig, to_toml
     from wardround.common.messages import MaskedReply, dtypes_of
@@ -76,10 +77,8 @@ def one_run(name: str, folder: Path, task_poll_s: float) -> dict[str, Any]:
         "roster": str(folder / "sites" / ROSTER),
         "out": str(folder / "run"),
     }
-    environment = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(task_poll_s)}
-    environment["PYTHONPATH"] = str(Path(__file__).resolve().parent)
-    before = os.getloadavg()[0]
-    with deployment(folder / "flower", sites, **environment) as running:
+    before, used = os.getloadavg()[0], _processor_s()
+    with deployment(folder / "flower", sites, PYTHONPATH=str(Path(__file__).resolve().parent)) as running:
         bundle = write_bundle(folder / "bundle", {**COMPONENTS, "serverapp": "superlink_app:app"})
         status = running.wait_for_run(running.submit(bundle, paths), timeout_s=1800)
         if status != "finished:completed":
@@ -97,7 +96,7 @@ def one_run(name: str, folder: Path, task_poll_s: float) -> dict[str, Any]:
     return {
         "adapter": name,
         "values": values // SITES // dtypes_of(MaskedReply)["masked"].itemsize,  # with the tail and the head
-        "task_poll_s": task_poll_s,
+        "processor_s": round(_processor_s() - used, 1),  # SuperLink, SuperNodes and apps, from start to end
         "load_average": [round(before, 2), round(os.getloadavg()[0], 2)],
         "sum_s": round(sum(line["seconds"] for line in exchanges if line["round"] == 1), 2),
         "exchanges": [
@@ -115,6 +114,12 @@ def one_run(name: str, folder: Path, task_poll_s: float) -> dict[str, Any]:
     }
 
 
+def _processor_s() -> float:
+    """Of the processes that ended so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def _ledger_times(sites: list[Path]) -> list[tuple[str, float]]:
     """Route and time of every reply, as the sites wrote them down before it left."""
     lines = [line for site in sites for line in (site.parent / "state" / "ledger.jsonl").read_text().splitlines()]
@@ -124,18 +129,19 @@ def _ledger_times(sites: list[Path]) -> list[tuple[str, float]]:
 
 def show(result: dict[str, Any]) -> None:
     """One size as a table."""
-    about = f"{result['adapter']}: {result['values']:,} values, {SITES} sites, load {result['load_average']}"
-    print(f"\n{about}, process looked for every {result['task_poll_s']} s")
+    print(f"\n{result['adapter']}: {result['values']:,} values, {SITES} sites, load {result['load_average']}")
     print(f"{'exchange':<28}{'round':>6}{'seconds':>9}{'at sites':>10}{'back':>7}{'MB up':>9}{'MB down':>9}")
     for line in result["exchanges"]:
         sent = f"{line['bytes_up'] / 1e6:>9.3f}{line['bytes_down'] / 1e6:>9.3f}"
         times = f"{line['seconds']:>9.2f}{line['at_the_sites_s']:>10.2f}{line['back_s']:>7.2f}"
         print(f"{line['exchange']:<28}{line['round']:>6}{times}{sent}")
-    print(f"the update's five exchanges: {result['sum_s']} s", flush=True)
+    print(
+        f"the update's five exchanges: {result['sum_s']} s; processor, whole run: {result['processor_s']} s", flush=True
+    )
 
 
 def main() -> int:
-    """Every size once, the tiny one also with processes looked for more often; benchmarks/results/superlink.json."""
+    """Every size once, writes benchmarks/results/superlink.json after each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", choices=tuple(SIZES), help="one size, nothing written")
     asked = parser.parse_args()
@@ -149,15 +155,14 @@ def main() -> int:
     if missing():
         print(f"not beside this Python: {', '.join(missing())}", file=sys.stderr)
         return 2
-    plan = [(asked.only, TASK_POLL_S)] if asked.only else [("tiny", 0.1), *((name, TASK_POLL_S) for name in SIZES)]
     results = []
-    for name, task_poll_s in plan:
+    for name in (asked.only,) if asked.only else SIZES:
         with tempfile.TemporaryDirectory() as folder:
             os.environ["WARDROUND_CACHE"] = f"{folder}/cache"
-            results.append(one_run(name, Path(folder), task_poll_s))
+            results.append(one_run(name, Path(folder)))
         show(results[-1])
-    if not asked.only:
-        print(record("superlink", {"sites": SITES, "runs": results}))
+        if not asked.only:
+            print(record("superlink", {"sites": SITES, "runs": results}))
     return 0
 
 
