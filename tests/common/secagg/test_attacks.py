@@ -360,6 +360,23 @@ def test_unmasking_without_a_quorum_of_signatures_is_refused():
     refused("signature", sites[0], lambda: sites[0].unmask(bitmap(range(4), 5), forged))
 
 
+def test_signatures_of_members_that_were_not_verified_count_for_nothing():
+    sites = parties(5)
+    run = begun(sites, 4)
+    site, signatures = sites[0], run.said["signatures"]
+    site.members = replace(site.members, verified=frozenset(one.id for one in sites[:4]))
+    unverified = bitmap((0, 1, 2, 4), 5), signatures[: 3 * 64] + signatures[4 * 64 :]
+    refused("threshold", site, lambda: site.unmask(*unverified))
+    assert site.unmask(bitmap(range(4), 5), signatures[: 4 * 64])
+
+
+def test_a_survivor_that_is_no_recipient_is_refused():
+    sites = parties(5)
+    run = relay(sites, 4, gone={2: [sites[4].id]})
+    run.run(3)
+    refused("malformed", sites[0], lambda: sites[0].consistency(bitmap(range(5), 5)))
+
+
 # ---- Shares and masked vectors
 
 
