@@ -130,7 +130,7 @@ def read_record(path: Path) -> Record:
     """
     data = memoryview(path.read_bytes())  # vectors are views of it: it is in memory once
     body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
-    if body[: len(_MAGIC)] != _MAGIC or hashlib.sha256(body).digest() != digest:
+    if bytes(body[: len(_MAGIC)]) != _MAGIC or hashlib.sha256(body).digest() != bytes(digest):
         raise VerificationError(f"{path}: damaged: its checksum is not that of its content")
     start = len(_MAGIC) + _LENGTH.size
     vectors: dict[str, NDArray[Any]] = {}
