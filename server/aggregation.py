@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common import sums
-from ..common.errors import ProtocolError, SumError
+from ..common.errors import ConfigError, ProtocolError, SumError
 from ..common.messages import (
     EvaluateReply,
     Instruction,
@@ -186,7 +186,9 @@ class SecureSums:
             work.take(reply)
             attempt.add_advert(self._id(reply.site), reply.advert.tobytes())
 
-        names = consortium.cohort.names
+        names, most = consortium.cohort.names, consortium.config.federation.max_sites
+        if len(names) > most:
+            raise ConfigError(f"{len(names)} sites are connected: expected at most federation.max_sites = {most}")
         self._exchange(work.phase, dict.fromkeys(names, instruction), Reply, keys, failures, traffic)
         n = len(attempt.adverts)
         threshold = self._threshold(work, attempt.adverts) if n else None

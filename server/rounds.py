@@ -148,7 +148,7 @@ class Rounds:
                 total = self.sums.total(self._training(name, index, model))
                 values, update = self._read_update(total, model)
                 vector, optimizer = before.optimizer.step(model.trainable, update)
-            except LostSumError as error:
+            except (LostSumError, ProtocolError) as error:  # a sum that cannot be had, or that no sites' work gives
                 values = {"sites": [], "statistics": self._statistics({}, []), "failures": {"sum": error.code}}
                 values |= {"bytes_up": 0, "bytes_down": 0, "weight": 0, "clipped": 0, "update_norm": 0.0, "misfits": []}
                 vector, optimizer = model.trainable, before.optimizer
