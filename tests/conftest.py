@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +15,9 @@ from wardround.common.cli import quiet_third_parties
 from .tiny import tiny_model
 
 quiet_third_parties()
+# A busy machine makes no property wrong; pytest's own timeout ends what hangs.
+hypothesis.settings.register_profile("wardround", deadline=None)
+hypothesis.settings.load_profile("wardround")
 
 
 @pytest.fixture(scope="session", autouse=True)
