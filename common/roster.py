@@ -352,7 +352,7 @@ class Members:
             found = "is not on" if member is None else "is revoked on"
             raise VerificationError(
                 f"this site's key ({fingerprint(own)}) {found} the pinned roster {roster.serial}: send its card to the "
-                "coordinator, or end a rotation with `wardround client rotate --finish`"
+                "coordinator and pin the roster that comes back; in a rotation then `wardround client rotate --finish`"
             )
         try:
             listed = {plain_fingerprint(text) for text in verified}

@@ -224,5 +224,8 @@ def _difference(before: Mapping[str, Any], config: RunConfig, path: str = "") ->
             if isinstance(old.get(key), dict) and isinstance(new.get(key), dict):
                 pairs.append((old[key], new[key], name))
             elif old.get(key) != new.get(key) and not name.startswith("speed."):
-                return f"'{name}' was {old.get(key)!r} when the run began, now {new.get(key)!r}; a run keeps its config"
+                return (
+                    f"'{name}' was {old.get(key)!r} when the run began, now {new.get(key)!r}; a run keeps its config: "
+                    "choose another folder for a new run, or set the old value with --set"
+                )
     return "the run began with another version of the config; a run keeps its config"
