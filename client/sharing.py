@@ -96,7 +96,7 @@ class Book:
         }
         given = {
             content: [
-                [one.threshold, sorted(site.hex() for site in one.ids), [site.hex() for site in one.survivors]]
+                [one.threshold, sorted(site.hex() for site in one.ids), [site.hex() for site in one.survivors], one.sum]
                 for one in givings
             ]
             for content, givings in self.given.items()
@@ -113,8 +113,8 @@ class Book:
         }
         given = {
             content: [
-                Giving(threshold, frozenset(map(bytes.fromhex, ids)), tuple(map(bytes.fromhex, survivors)))
-                for threshold, ids, survivors in givings
+                Giving(threshold, frozenset(map(bytes.fromhex, ids)), tuple(map(bytes.fromhex, survivors)), about)
+                for threshold, ids, survivors, about in givings
             ]
             for content, givings in found["given"].items()
         }
@@ -123,7 +123,8 @@ class Book:
     def note(self, content: str, giving: Giving) -> None:
         """Remembers that a payload was given; a signed giving takes the place of the same one without survivors."""
         known = self.given.get(content, [])
-        alike = [one for one in known if (one.threshold, one.ids) == (giving.threshold, giving.ids)]
+        key = (giving.sum, giving.threshold, giving.ids)
+        alike = [one for one in known if (one.sum, one.threshold, one.ids) == key]
         if giving in alike or (alike and not giving.survivors):
             return
         self.given[content] = [one for one in known if one.survivors or one not in alike] + [giving]
@@ -167,9 +168,10 @@ class Sharing:
         members = Membership(view.active, view.verified, limits.colluders, limits.min_sites)
         return cls(site, identity, members, view.roster.digest)
 
-    def before(self, book: Book, content: str) -> list[Giving]:
-        """How a payload was given before; nothing where this hospital's policy lets differences be seen."""
-        return [] if self.site.config.policy.repeat_with_others else book.given.get(content, [])
+    def before(self, book: Book, content: str, about: str) -> list[Giving]:
+        """How a payload was given before: in all sums, or in `about` alone where the policy lets other sums differ."""
+        known, others = book.given.get(content, []), self.site.config.policy.repeat_with_others
+        return [giving for giving in known if not others or giving.sum == about]
 
     @property
     def _book_path(self) -> Path:
@@ -303,12 +305,12 @@ def mask(site: Site, instruction: MaskInstruction) -> MaskedReply:
             here.members,
             instruction.recipients.tobytes(),
             instruction.ciphertexts.tobytes(),
-            here.before(book, content),
+            here.before(book, content, _about(key)),
         )
         masked = given.masked(run.config, site.config.name, instruction.round_index, keys)
         if after is not state:
             after = replace(after, content=bytes.fromhex(content))
-            book.note(content, Giving(after.threshold, frozenset(after.list.ids)))
+            book.note(content, Giving(after.threshold, frozenset(after.list.ids), (), _about(key)))
         book.put(*key, after)
     return MaskedReply(**run.head, masked=masked)
 
@@ -325,9 +327,10 @@ def survivors(site: Site, instruction: SurvivorsInstruction) -> SurvivorsReply:
             here.members,
             instruction.survivors.tobytes(),
             here.identity.key,
-            here.before(book, content),
+            here.before(book, content, _about(key)),
         )
-        book.note(content, Giving(after.threshold, frozenset(after.list.ids), after.survivor_ids))
+        signed = Giving(after.threshold, frozenset(after.list.ids), after.survivor_ids, _about(key))
+        book.note(content, signed)
         book.put(*key, after)
     return SurvivorsReply(**run.head, signature=np.frombuffer(signature, np.uint8))
 
@@ -359,6 +362,11 @@ def _sum(here: Sharing, instruction: SumInstruction) -> Iterator[tuple[Book, tup
         if (about.config.hex(), about.model.hex()) != (instruction.config_digest, instruction.model_digest):
             raise SumError("out-of-turn", "this site's keys were made for another config or model")
         yield book, key, state
+
+
+def _about(key: tuple[str, int, int]) -> str:
+    """A sum's name in the book of givings."""
+    return "/".join(map(str, key))
 
 
 def _same(state: ClientSum, given: payload.Payload, content: str) -> None:

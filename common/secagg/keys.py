@@ -426,11 +426,13 @@ class Giving:
         threshold: t.
         ids: of the key list.
         survivors: ids; empty where this site signed none.
+        sum: run, round and purpose, as the site names them.
     """
 
     threshold: int
     ids: frozenset[bytes]
     survivors: tuple[bytes, ...] = ()
+    sum: str = ""
 
 
 def quorums_meet(first: Giving, second: Giving, verified: Collection[bytes], colluders: int) -> bool:
