@@ -62,8 +62,9 @@ def _console() -> Console:
 def check(table: Path, dictionary: Path, site: Path | None, as_json: bool) -> None:
     """Check TABLE (CSV, TSV or Parquet) against DICTIONARY and print its data quality.
 
-    Exit 0 when clean. Direct identifiers, levels that the dictionary does not know, missing or constant columns and
-    wrong units end with exit 2 and a line each. No patient's value is printed, only columns and rows.
+    Exit 0 when clean. Direct identifiers, features that look like outcomes, levels that the dictionary does not know,
+    missing or constant columns and wrong units end with exit 2 and a line each. No patient's value is printed, only
+    columns and rows.
     """
     from ..common.config import load_site
     from ..common.dictionary import load_dictionary
@@ -138,7 +139,8 @@ def _print_quality(table: Path, dictionary: Dictionary, quality: Quality, mappin
 def dictionary_command(table: Path, out: Path | None, redcap: Path | None, id_column: str | None) -> None:
     """Draft a data dictionary for TABLE, or import REDCap's.
 
-    Kinds, levels, decimals and ranges come from the table, rounded outward; lines marked TODO wait for a person.
+    Kinds, levels, decimals and ranges come from the table, rounded outward; lines marked TODO wait for a person. What
+    looks like an outcome, or like what follows from one, is set aside and named.
     """
     from ..common.dictionary import dump_dictionary
     from ..common.errors import DictionaryError
@@ -161,6 +163,8 @@ def dictionary_command(table: Path, out: Path | None, redcap: Path | None, id_co
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, text.encode(), mode=0o644)
     click.echo(f"{len(drafted.dictionary.features)} entries, {drafted.n_todo} wait for a person (TODO)", err=True)
+    if drafted.set_aside:
+        click.echo(drafted.set_aside_line, err=True)
 
 
 @client.command(epilog="Example: wardround client questions table.parquet support_icu -n 5 --prompt en_short")

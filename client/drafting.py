@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +20,11 @@ import pyarrow as pa
 
 from ..common.dictionary import Dictionary, Feature
 from ..common.errors import RegistryError
-from . import tables
+from . import outcomes, tables
 from .quality import FEWEST_ROWS, identifier_in, is_serial
 from .tables import MISSING_WORDS
 
+_NAMED = 10  # columns named in one line
 MAX_LEVELS = 50  # more different words than this are no category
 _NUMBER_LEVELS = 5  # whole numbers with at most this many values are codes, not measurements
 _ID_NAMES = (
@@ -38,12 +40,12 @@ _ID_NAMES = (
     "mrn",
 )
 _SITE_NAMES = ("site", "hospital", "hospital_id", "centre", "center", "country", "redcap_data_access_group")
-_OUTCOME_WORDS = re.compile(
-    r"(?:^|_)(?:dead|death|died|deceased|mort(?:ality)?|outcome|event|mace|readmi\w*|hospdead|surviv\w*)(?:_|$|\d)"
-)
-_CONSEQUENCE_WORDS = re.compile(r"(?:^|_)(?:los|length_of_stay|charges?|costs?|discharge\w*|follow_?up|time)(?:_|$|\d)")
+_TIME = re.compile(r"(?:^|_)time(?:_|$|\d)")  # of what? too often of an event for a draft, too seldom for `check`
 _NINES = {9.0, 99.0, 999.0, 9999.0, 99999.0, -1.0, -9.0, -99.0, -999.0, -9999.0, 88.0, 888.0}
 _SPIKE_SHARE, _SPIKE_TIMES = 0.08, 4.0  # one value this frequent, and this many times the next
+SET_ASIDE = (
+    "- what looks like an outcome, or like what follows from one, was set aside: it is never shown until you say so"
+)
 _HEAD = (
     "A draft made from the table itself. Read every line, correct it, and remove the TODO comments (check refuses a",
     "title, label, section, description or question that still says TODO):",
@@ -51,6 +53,7 @@ _HEAD = (
     "- low, high: what is plausible in any patient, not what this table happens to hold",
     "- known_at: days since admission when the value is known; an outcome is asked with what is known before it",
     "- role: outcome (asked, never shown), feature, excluded; whatever restates an outcome is excluded or in its hide",
+    SET_ASIDE,
 )
 
 
@@ -60,6 +63,17 @@ class Draft:
 
     dictionary: Dictionary
     notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    set_aside: tuple[str, ...] = ()  # entries that look like outcomes or what follows from them
+
+    @property
+    def set_aside_line(self) -> str:
+        """Says which entries were set aside; empty where none was."""
+        if not self.set_aside:
+            return ""
+        return (
+            "set aside, never shown to the model, for they look like outcomes or what follows from one: "
+            f"{listed(self.set_aside)}; decide on each (its TODO says how)"
+        )
 
     @property
     def n_todo(self) -> int:
@@ -81,7 +95,8 @@ def read_columns(table: Path) -> tuple[pa.Table, dict[str, Column]]:
     """A whole table and what each column holds.
 
     Raises:
-        RegistryError: missing, damaged, ragged, not UTF-8, duplicate or nameless columns, or empty.
+        RegistryError: missing, damaged, ragged, not UTF-8, duplicate or nameless columns, empty, or numbers with a
+            decimal comma.
     """
     names = tables.columns_of(table)
     if "" in names:
@@ -95,7 +110,30 @@ def read_columns(table: Path) -> tuple[pa.Table, dict[str, Column]]:
     data = tables.read(table, names, [])
     if data.num_rows == 0:
         raise RegistryError(f"{table}: the table has no rows")
+    _refuse_decimal_commas(table, data)
     return data, {name: _column(str(table), data, name) for name in names}
+
+
+def _refuse_decimal_commas(table: Path, data: pa.Table) -> None:
+    """Names the columns whose numbers would be drafted as words, all at once: they come from one export setting."""
+    found: dict[str, np.ndarray] = {}
+    for name in data.column_names:
+        codes, words = tables.codes_of(data.column(name))
+        commas = set(tables.decimal_commas(words))
+        if commas:
+            found[name] = np.flatnonzero(np.isin(codes, [i for i, word in enumerate(words) if word in commas]))
+    if found:
+        (first, rows), more = next(iter(found.items())), [f"'{name}'" for name in found][1:]
+        others = f"; so do{'es' if len(more) == 1 else ''} {listed(more)}" if more else ""
+        raise RegistryError(
+            f"{table}: column '{first}' holds numbers with a decimal comma ({tables.rows_text(rows)}){others}: "
+            f"{tables.COMMA_ADVICE}; if they are codes and no numbers, write those without a comma"
+        )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a line, the first ten of many."""
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def _column(table: str, data: pa.Table, name: str) -> Column:
@@ -119,9 +157,11 @@ def draft(table: Path, id_column: str | None = None) -> Draft:
         id_column: the patient id, where it is not recognised by its name.
 
     Raises:
-        RegistryError: the table cannot be read, or no column looks like a patient id.
+        RegistryError: the table cannot be read, has one row, or no column looks like a patient id.
     """
     data, columns = read_columns(table)
+    if data.num_rows == 1:
+        raise RegistryError(f"{table}: no usable feature: the table has one row, so no column has two different values")
     patient = id_column or find_id(columns)
     if patient is None or patient not in columns:
         got = f"no column '{id_column}'" if id_column else "no column looks like a patient id"
@@ -141,13 +181,22 @@ def draft(table: Path, id_column: str | None = None) -> Draft:
 
 
 def finish(source: Path, features: list[Feature], notes: dict[str, tuple[str, ...]]) -> Draft:
-    """The draft of these entries: labels made unique, name and title from the file.
+    """The draft of these entries: likely outcomes set aside, labels made unique, name and title from the file.
 
     Raises:
         RegistryError: nothing among them can be a feature.
     """
+    aside: list[str] = []
+    for position, feature in enumerate(features):
+        likely = outcomes.in_feature(feature) if feature.used else None
+        if likely is not None:
+            features[position], line = _set_aside(feature, *likely)
+            notes[feature.name] = (line, *notes.get(feature.name, ()))
+            aside.append(feature.name)
     if not any(feature.role == "feature" for feature in features):
-        raise RegistryError(f"{source}: no usable feature: no column can be shown or asked")
+        reasons = [f"'{f.name}': {f.reason}" for f in features if f.role == "excluded"]
+        why = f" ({'; '.join(reasons[:_NAMED])})" if reasons else ""
+        raise RegistryError(f"{source}: no usable feature: no column can be shown and asked{why}")
     taken: set[str] = set()
     for position, feature in enumerate(features):
         label = feature.label
@@ -156,7 +205,21 @@ def finish(source: Path, features: list[Feature], notes: dict[str, tuple[str, ..
         taken |= {label} if feature.used else set()
         features[position] = feature.model_copy(update={"label": label})
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", source.stem)[:64] or "registry"
-    return Draft(Dictionary(name=name, title=f"TODO: what {source.stem} is", features=tuple(features)), notes)
+    return Draft(
+        Dictionary(name=name, title=f"TODO: what {source.stem} is", features=tuple(features)), notes, tuple(aside)
+    )
+
+
+def _set_aside(feature: Feature, kind: str, where: str) -> tuple[Feature, str]:
+    """A feature that looks like an outcome as one, or, where it can only follow from one, excluded; never shown."""
+    looks = f"looks like {kind} by its {where}"
+    wrong = 'if it is known at known_at and restates no outcome, role = "feature" and not_outcome = true'
+    if feature.kind == "category" and kind in outcomes.ASKED and where != "section":
+        outcome = {"role": "outcome", "known_at": 1, "question": f"TODO: {feature.label}?"}
+        line = f"TODO: {looks}: known_at = the first day on which it is known, hide = what restates it; or, {wrong}"
+        return feature.model_copy(update=outcome), line
+    line = f"TODO: {looks}: leave it out; or, {wrong}"
+    return feature.model_copy(update={"role": "excluded", "reason": f"{looks}, known only after the outcome"}), line
 
 
 def find_id(columns: dict[str, Column]) -> str | None:
@@ -204,8 +267,8 @@ def draft_entry(data: pa.Table, column: Column) -> tuple[Feature, list[str]]:
         return _draft_category(column, label)
     if whole and column.numbers is not None and _is_running(name, column.numbers):
         return excluded("a number of the patient, the stay or the sample", "or is it a measurement?")
-    if _CONSEQUENCE_WORDS.search(_plain(name)):
-        return excluded("a length of stay, a cost or a follow-up time restates an outcome", "is that so?")
+    if _TIME.search(_plain(name)) and outcomes.by_name(name) is None:
+        return excluded("a time to an event or the end of a stay restates an outcome", "is that so?")
     return number_entry(column, label)
 
 
@@ -230,12 +293,6 @@ def _draft_category(column: Column, label: str) -> tuple[Feature, list[str]]:
         lines = ["TODO: label, section, and what each code means"]
     if len(set(levels.values())) < len(levels):
         levels = {word: word for word in column.words}
-    if len(levels) == 2 and _OUTCOME_WORDS.search(_plain(column.name)):
-        lines = ["TODO: is this an outcome? known_at = the first day on which it is known; hide = what restates it"]
-        return Feature(
-            name=column.name, label=label, role="outcome", section="Outcome", levels=levels, known_at=1,
-            question=f"TODO: {label}?",
-        ), lines  # fmt: skip
     return Feature(name=column.name, label=label, section="Record", levels=levels), lines
 
 

@@ -4,8 +4,9 @@ Run at one hospital. The hospital's own table, the consortium's dictionary and t
 findings come out, for the data manager's eyes. Messages name columns and rows, never a patient's value.
 
 An error is what would make training wrong or unlawful: a direct identifier, a running number described as a
-measurement, a level that the dictionary does not know, a column that is missing, constant, or mostly outside its
-plausible range, a text that a draft left to do. Everything else is a note.
+measurement, a feature that looks like an outcome, a level that the dictionary does not know, numbers with a decimal
+comma, a column that is missing, constant, or mostly outside its plausible range, a text that a draft left to do.
+Everything else is a note.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import pyarrow as pa
 from ..common.config import MappingConfig
 from ..common.dictionary import Dictionary, Feature
 from ..common.errors import RegistryError
-from . import identifiers, tables
+from . import identifiers, outcomes, tables
 from .registry import (
     check_mapping,
     clean_numbers,
@@ -104,7 +105,7 @@ def assess(table: Path, dictionary: Dictionary, mapping: MappingConfig) -> Quali
     data = tables.read(table, present, numbers)
     if data.num_rows == 0:
         raise RegistryError(f"{table}: the table has no rows")
-    findings = [*_unfinished(dictionary), *_identifiers(data, dictionary, local)]
+    findings = [*_unfinished(dictionary), *_identifiers(data, dictionary, local), *_outcomes(dictionary)]
     columns: list[ColumnQuality] = []
     try:
         used = local_columns(table, present, dictionary, mapping)
@@ -141,6 +142,7 @@ def assess(table: Path, dictionary: Dictionary, mapping: MappingConfig) -> Quali
         lesser = (" has one value ", " has no value ")
         findings = [finding for finding in findings if not any(words in finding.text for words in lesser)]
         text = f"no usable feature: none of the {len(asked)} features of '{dictionary.name}' has two different values"
+        text += ": the table has one row" if data.num_rows == 1 else ""
         findings.append(Finding("error", "", text))
     described = set(local.values())
     return Quality(
@@ -167,6 +169,21 @@ def _unfinished(dictionary: Dictionary) -> list[Finding]:
         for key in ("label", "description", "section", "question"):
             shown.append((feature.name, f"'{feature.name}': its {key}", getattr(feature, key) or ""))
     return [Finding("error", name, f"{what} still says TODO") for name, what, text in shown if "TODO" in text]
+
+
+def _outcomes(dictionary: Dictionary) -> list[Finding]:
+    """Features that may be known only after the outcome: shown in a record they would give it away."""
+    found: list[Finding] = []
+    for feature in dictionary.with_role("feature"):
+        seen = outcomes.in_feature(feature)
+        if seen is not None:
+            text = (
+                f"'{feature.name}' looks like {seen[0]} by its {seen[1]}, and may be known only after the outcome: "
+                'give it role = "outcome" (asked, never shown) or "excluded", or, if it is known at known_at and '
+                "restates no outcome, say so in the dictionary (not_outcome = true)"
+            )
+            found.append(Finding("error", feature.name, text))
+    return found
 
 
 def _identifiers(data: pa.Table, dictionary: Dictionary, local: dict[str, str]) -> list[Finding]:
@@ -253,6 +270,7 @@ def _column(
             found.append(Finding("error", column, text))
     else:
         read = read_levels(data.column(column), feature, mapping.levels.get(feature.name))
+        found += _comma_levels(data.column(column), feature, column)
         values, sentinel = read.values[read.values >= 0], int(read.sentinel.sum())
         unknown = read.n_unknown_codes
         missing = rows - len(values) - sentinel - read.unknown_rows.size
@@ -271,6 +289,22 @@ def _column(
         missing / rows, sentinel / rows, out_of_range, unknown, distinct,
     )  # fmt: skip
     return quality, found
+
+
+def _comma_levels(cells: pa.ChunkedArray, feature: Feature, column: str) -> list[Finding]:
+    """An error for numbers with a decimal comma that a draft took for words; codes to which a person gave a label
+    ("1,2" = "both") are none."""
+    codes, words = tables.codes_of(cells)
+    commas = [word for word in tables.decimal_commas(words) if feature.levels.get(word, word) == word]
+    if not commas:
+        return []
+    rows = np.flatnonzero(np.isin(codes, [i for i, word in enumerate(words) if word in set(commas)]))
+    text = (
+        f"column '{column}' is described as a category and holds numbers with a decimal comma "
+        f"({tables.rows_text(rows)}): {tables.COMMA_ADVICE}, and describe it as a number; or, if they are codes, say "
+        "what each means (levels)"
+    )
+    return [Finding("error", column, text)]
 
 
 def is_serial(column: str, raw: np.ndarray, patient_of_row: np.ndarray | None) -> bool:

@@ -2,7 +2,8 @@
 
 Run at one hospital: most registries live in REDCap, whose dictionary already says labels, choices and validation. What
 it does not know (plausible ranges without validation, when a value is known, which field is an outcome) is filled in
-from the exported table and marked TODO. Identifiers, notes, dates and free text become excluded.
+from the exported table and marked TODO. Identifiers, notes, dates and free text become excluded; what looks like an
+outcome, or like what follows from one, is set aside (client/outcomes.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from ..common.dictionary import MAX_LEVELS, Feature, level_code
 from ..common.errors import RegistryError
-from .drafting import Column, Draft, finish, number_entry, pretty, read_columns
+from .drafting import SET_ASIDE, Column, Draft, finish, number_entry, pretty, read_columns
 
 _HEADERS = {  # ours → (Online Designer's heading, API's name)
     "name": ("variable / field name", "field_name"),
@@ -47,6 +48,7 @@ _TAG = re.compile(
 _HEAD = (
     "Imported from a REDCap data dictionary. Read every line, correct it, and remove the TODO comments:",
     "- set role = \"outcome\", question and known_at for what is asked but never shown",
+    SET_ASIDE,
     "- known_at: days since admission when a value is known; hide or exclude whatever restates an outcome",
     "- add units, and plausible ranges where REDCap had no validation",
 )  # fmt: skip

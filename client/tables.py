@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import codecs
 import csv
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,10 @@ MISSING_WORDS = frozenset({"", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "NULL",
 _TEXT_SUFFIXES = {".csv", ".tsv"}
 _ROWS_NAMED = 3
 _DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
+_COMMA_NUMBER = re.compile(r"[+-]?\d+(?:\.\d{3})*,\d+")  # 3,5 and 1.234,5
+_PLAIN_NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
+_COMMA_SHARE = 0.8  # of the distinct cells that are numbers once a comma is allowed: a "< 0,5" among them may stay
+COMMA_ADVICE = "write decimals with a point (3.5) and nothing between thousands"
 
 
 def rows_text(rows: np.ndarray) -> str:
@@ -200,11 +206,11 @@ def numbers(table: str, data: pa.Table, column: str, missing: frozenset[str] = f
         values, bad = _parse(words, MISSING_WORDS | missing)
         wrong = np.flatnonzero(np.append(bad, False)[codes])
         if wrong.size:
-            comma = " (write decimals with a point, not a comma)" if any("," in w for w in words) else ""
-            raise RegistryError(
-                f"{table}: column '{column}': {rows_text(wrong)}: expected a number, got text{comma}; correct the "
-                f"cells, or describe the column as a category"
-            )
+            where = f"{table}: column '{column}': {rows_text(wrong)}: expected a number"
+            if decimal_commas(words):
+                raise RegistryError(f"{where}, got one with a decimal comma; {COMMA_ADVICE}")
+            comma = f" ({COMMA_ADVICE})" if any(_COMMA_NUMBER.fullmatch(word) for word in words) else ""
+            raise RegistryError(f"{where}, got text{comma}; correct the cells, or describe the column as a category")
         return np.append(values, np.nan)[codes]
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return numbers(table, pa.table({column: cells.dictionary_encode()}), column, missing)
@@ -216,6 +222,18 @@ def numbers(table: str, data: pa.Table, column: str, missing: frozenset[str] = f
     if infinite.size:
         raise RegistryError(f"{table}: column '{column}': {rows_text(infinite)}: expected a number, got infinity")
     return values
+
+
+def decimal_commas(words: Sequence[str]) -> list[str]:
+    """Those of a column's distinct cells that are numbers with a decimal comma, where the column is one of numbers.
+
+    >>> decimal_commas(["3,5", "4", "1.204,75", "NA"]), decimal_commas(["3,5 mg", "low, then high"])
+    (['3,5', '1.204,75'], [])
+    """
+    filled = [word for word in words if word not in MISSING_WORDS]
+    commas = [word for word in filled if _COMMA_NUMBER.fullmatch(word)]
+    numbers = len(commas) + sum(1 for word in filled if _PLAIN_NUMBER.fullmatch(word))
+    return commas if numbers >= _COMMA_SHARE * len(filled) else []
 
 
 def _parse(words: list[str], missing: frozenset[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -67,6 +67,8 @@ class Feature(Frozen):
     question: str | None = None  # outcomes: the question, in full
     # A person has looked: neither the column's name nor its cells identify a patient, whatever they look like.
     not_identifying: bool = False
+    # A person has looked: the value is known at `known_at` and restates no outcome, whatever its name looks like.
+    not_outcome: bool = False
     reason: str | None = None  # excluded columns: why
 
     @property
@@ -264,10 +266,14 @@ class Dictionary(Frozen):
         return sites[0].name if sites else None
 
     def digest(self) -> str:
-        """SHA-256 hex of the canonical content; levels count in their order, which gives them their numbers."""
+        """SHA-256 hex of the canonical content; levels count in their order, which gives them their numbers.
+
+        `not_outcome` is left out: it answers a question of `check`, and no record or question differs by it.
+        """
         content = self.model_dump(mode="json")
         for feature in content["features"]:
             feature["levels"] = list(feature["levels"].items())
+            del feature["not_outcome"]
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

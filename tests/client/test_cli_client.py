@@ -87,7 +87,7 @@ BROKEN: list[tuple[str, bytes, str]] = [
     ("one level", b"a,40,1,1.0\nb,50,1,1.5\n", "column 'sex' has one value in every row: a feature with one level"),
     ("all missing", b"a,,,\nb,,,\n", "no usable feature"),
     ("wrong unit", b"a,40,1,88\nb,50,2,132\nc,60,1,71\n", "as µmol/L nearly all would fit"),
-    ("decimal comma", b'a,40,1,"1,0"\nb,50,2,"1,5"\n', "write decimals with a point, not a comma"),
+    ("decimal comma", b'a,40,1,"1,0"\nb,50,2,"1,5"\n', "got one with a decimal comma; write decimals with a point"),
     ("unclosed quote", b'a,40,1,"1.0\nb,50,2,1.5\n', "row 1: a quotation mark is not closed"),
     ("unclosed quote in a word", b'a,40,1,1.0\n"b,50,2,1.5\nc,60,1,2\n', "row 2: a quotation mark is not closed"),
 ]

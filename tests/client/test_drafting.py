@@ -57,6 +57,7 @@ def test_a_draft_guesses_roles_kinds_and_ranges(tmp_path, suffix: str):
     assert dict(entry["smoker"].levels) == {"no": "no", "yes": "yes"}
     assert dict(entry["nyha"].levels) == {str(i): str(i) for i in range(1, 5)}
     assert entry["died_30d"].role == "outcome" and dict(entry["died_30d"].levels) == {"0": "no", "1": "yes"}
+    assert drafted.set_aside == ("died_30d", "los_days")
     for name in ("los_days", "ward_code", "surname", "admitted", "story"):
         assert entry[name].role == "excluded" and entry[name].reason, name
     assert drafted.n_todo >= 8
@@ -98,6 +99,59 @@ def test_small_numbers_keep_their_significant_digits(tmp_path, values: np.ndarra
     assert entry.decimals == decimals
     low, high = entry.bounds
     assert low <= values.min() and high >= values.max()
+
+
+def test_what_looks_like_an_outcome_or_follows_from_one_is_set_aside_whatever_its_kind(tmp_path):
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        {
+            "pid": range(80),
+            "age": rng.integers(20, 90, 80),
+            "hospital_expire_flag": np.arange(80) % 2,
+            "went_to": np.array(["home", "hospice", "deceased"])[np.arange(80) % 3],
+            "discharge_weight": rng.normal(70, 9, 80).round(1),
+            "days_to_death": rng.integers(0, 400, 80),
+            "outcome": np.arange(80) % 4,
+            "event_time": rng.integers(0, 400, 80),
+            "studied": np.arange(80) % 2,
+            "prothrombin": rng.normal(12, 1, 80).round(1),
+        }
+    )
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    drafted = draft(tmp_path / "t.csv")
+    roles = {feature.name: feature.role for feature in drafted.dictionary.features}
+    assert [roles[name] for name in ("hospital_expire_flag", "went_to", "outcome")] == ["outcome"] * 3
+    assert [roles[name] for name in ("discharge_weight", "days_to_death", "event_time")] == ["excluded"] * 3
+    assert [roles[name] for name in ("age", "studied", "prothrombin")] == ["feature"] * 3
+    for outcome in drafted.dictionary.with_role("outcome"):
+        shown = {feature.name for feature in drafted.dictionary.context_of(outcome)}
+        assert shown == {"age", "studied", "prothrombin"} and outcome.question.startswith("TODO")
+    assert set(drafted.set_aside) == {name for name in roles if roles[name] in ("outcome", "excluded")}
+
+
+def test_a_decimal_comma_names_every_column_that_has_one_and_drafts_nothing(tmp_path):
+    crea = [str(1 + i / 10).replace(".", ",") for i in range(30)]
+    frame = pd.DataFrame({"pid": range(30), "age": np.arange(30) + 40, "crea": crea, "sex": ["m", "f"] * 15})
+    frame.loc[3, "crea"] = ""
+    frame.loc[4, "crea"] = "< 0,5"  # one limit of detection among them hides nothing
+    frame["lact"], frame["cost"] = crea[::-1], ["1.204,5", "2.000"] * 15
+    frame.to_csv(tmp_path / "t.csv", index=False, sep=";")
+    with pytest.raises(RegistryError) as caught:
+        draft(tmp_path / "t.csv")
+    assert str(caught.value) == (
+        f"{tmp_path / 't.csv'}: column 'crea' holds numbers with a decimal comma (rows 1, 2, 3 and 25 more); so do "
+        "'lact', 'cost': write decimals with a point (3.5) and nothing between thousands; if they are codes and no "
+        "numbers, write those without a comma"
+    )
+    frame[["crea", "lact", "cost"]] = frame[["crea", "lact", "cost"]].replace({r"\.": "", ",": "."}, regex=True)
+    frame.to_csv(tmp_path / "t.csv", index=False, sep=";")
+    assert draft(tmp_path / "t.csv").dictionary.feature("lact").kind == "number"
+
+
+def test_words_with_commas_are_no_numbers(tmp_path):
+    frame = pd.DataFrame({"pid": range(30), "ward": ["3,5 north", "low, then high"] * 15, "age": np.arange(30) + 40})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    assert len(draft(tmp_path / "t.csv").dictionary.feature("ward").levels) == 2
 
 
 def test_numbers_of_patients_stays_and_samples_are_excluded(tmp_path):
@@ -161,7 +215,13 @@ def test_a_table_without_a_patient_id_asks_for_one(tmp_path):
 
 def test_a_table_with_nothing_to_ask_is_refused(tmp_path):
     pd.DataFrame({"pid": range(5), "same": 1}).to_csv(tmp_path / "t.csv", index=False)
-    with pytest.raises(RegistryError, match="no usable feature"):
+    with pytest.raises(RegistryError, match=r"no usable feature: no column can .* \('same': one value in every row\)"):
+        draft(tmp_path / "t.csv")
+
+
+def test_a_table_of_one_row_says_that_it_has_one(tmp_path):
+    pd.DataFrame({"pid": ["a"], "age": [40], "sex": ["m"]}).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(RegistryError, match="no usable feature: the table has one row, so no column has two different"):
         draft(tmp_path / "t.csv")
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from wardround.client import identifiers, tables
+from wardround.client import identifiers, outcomes, tables
 from wardround.client.identifiers import by_content, by_name
 from wardround.client.quality import Quality, assess
 from wardround.common.config import MappingConfig
-from wardround.common.dictionary import Dictionary, parse_dictionary
+from wardround.common.dictionary import Dictionary, load_dictionary, parse_dictionary
+from wardround.simulations import registries
 
 N = 60
 IDENTIFIES = (
@@ -117,6 +118,7 @@ def test_a_table_without_any_usable_feature_is_one_error(tmp_path):
     assert errors(checked(tmp_path, frame)) == [
         "no usable feature: none of the 3 features of 'small' has two different values"
     ]
+    assert errors(checked(tmp_path, clean()[:1]))[0].endswith("has two different values: the table has one row")
 
 
 def test_text_in_a_number_and_a_missing_column_are_both_reported(tmp_path):
@@ -358,6 +360,94 @@ def test_texts_that_a_draft_left_to_do_are_errors(tmp_path):
     ]
 
 
+def test_a_feature_that_looks_like_an_outcome_is_an_error_until_a_person_has_judged(tmp_path):
+    frame = clean().assign(x=np.arange(N) % 2, hosp_los=np.arange(N) % 9)
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    for name, more, by in (
+        ("x", {"label": "Died in hospital", "levels": {"0": "no", "1": "yes"}}, "a death by its label"),
+        ("x", {"label": "X", "levels": {"0": "alive", "1": "dead"}}, "a death by its levels"),
+        ("x", {"label": "X", "section": "Follow-up", "levels": {"0": "n", "1": "y"}}, "a follow-up by its section"),
+        ("hosp_los", {"kind": "number", "low": 0, "high": 99}, "a length of stay by its name"),
+    ):
+        entry = {"name": name, "label": name, "section": "S", **more}
+        assert errors(assess(tmp_path / "t.csv", described(entry), MappingConfig())) == [
+            f"'{name}' looks like {by}, and may be known only after the outcome: give it role = \"outcome\" (asked, "
+            'never shown) or "excluded", or, if it is known at known_at and restates no outcome, say so in the '
+            "dictionary (not_outcome = true)"
+        ]
+        judged = described({**entry, "not_outcome": True})
+        assert assess(tmp_path / "t.csv", judged, MappingConfig()).errors == ()
+        assert judged.digest() == described(entry).digest()  # no question differs by it
+        excluded = described({"name": name, "label": entry["label"], "role": "excluded", "reason": "later"})
+        assert assess(tmp_path / "t.csv", excluded, MappingConfig()).errors == ()
+
+
+@pytest.mark.parametrize("name", registries.NAMES)
+def test_no_feature_of_a_shipped_dictionary_looks_like_an_outcome(name: str):
+    shipped = load_dictionary(name)
+    assert [feature.name for feature in shipped.with_role("feature") if outcomes.in_feature(feature)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("DIED", "a death"),
+        ("deathInHospital", "a death"),
+        ("mortality_90d", "a death"),
+        ("Todesfall", "a death"),
+        ("overleden", "a death"),
+        ("Décédé", "a death"),
+        ("사망일", "a death"),
+        ("OS_months", "a survival"),
+        ("Überleben", "a survival"),
+        ("vital_status", "a survival"),
+        ("Readmission <30 d", "an outcome"),
+        ("dischargeStatus", "a discharge"),
+        ("Entlassungsart", "a discharge"),
+        ("LOS", "a length of stay"),
+        ("iculos", "a length of stay"),
+        ("Length of hospital stay", "a length of stay"),
+        ("days_in_icu", "a length of stay"),
+        ("totalCosts", "a cost"),
+        ("futime", "a follow-up"),
+        ("status", "a follow-up"),
+    ],
+)
+def test_outcomes_are_known_by_their_names(name: str, kind: str):
+    assert outcomes.by_name(name) == kind
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "studied", "deadspace", "dead_space_fraction", "smoking_status", "time_of_day", "prothrombin_time",
+        "lost_weight", "costal_pain", "day_of_admission", "closed", "glucose", "mortar", "postop_day", "stay_at_home",
+        "fu_mg", "Alter",
+    ],
+)  # fmt: skip
+def test_clinical_names_are_no_outcomes(name: str):
+    assert outcomes.by_name(name) is None
+
+
+def test_decimal_commas_that_were_drafted_as_words_are_an_error_and_labelled_codes_are_not(tmp_path):
+    commas = [f"{i % 5},{i % 3}" for i in range(N)]
+    clean().assign(lact=commas).to_csv(tmp_path / "t.csv", index=False)
+    entry = {"name": "lact", "label": "Lactate", "section": "S"}
+    quality = assess(tmp_path / "t.csv", described({**entry, "levels": {c: c for c in commas}}), MappingConfig())
+    assert errors(quality) == [
+        "column 'lact' is described as a category and holds numbers with a decimal comma (rows 1, 2, 3 and 57 more): "
+        "write decimals with a point (3.5) and nothing between thousands, and describe it as a number; or, if they are "
+        "codes, say what each means (levels)"
+    ]
+    labelled = described({**entry, "levels": {c: f"both {c}" for c in commas}})
+    assert assess(tmp_path / "t.csv", labelled, MappingConfig()).errors == ()
+    number = described({**entry, "kind": "number", "low": 0, "high": 9, "decimals": 1})
+    assert errors(assess(tmp_path / "t.csv", number, MappingConfig())) == [
+        "column 'lact': rows 1, 2, 3 and 57 more: expected a number, got one with a decimal comma; write decimals with "
+        "a point (3.5) and nothing between thousands"
+    ]
+
+
 def test_words_that_are_sentinels_of_a_number_are_counted_as_sentinels(tmp_path):
     data = dictionary().model_dump()
     data["features"][1]["sentinels"] = [999, "not done"]
@@ -376,6 +466,7 @@ def test_a_column_without_a_name_is_listed_as_such(tmp_path):
 
 def test_examples_in_docstrings_hold():
     assert doctest.testmod(identifiers).failed == 0
+    assert doctest.testmod(outcomes).failed == 0
     assert doctest.testmod(tables).failed == 0
 
 

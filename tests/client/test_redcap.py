@@ -102,7 +102,7 @@ def test_every_field_type_becomes_the_right_entry(tmp_path, header: list[str]):
     assert dict(entry["comorb___x_3"].levels) == {"1": "yes", "0": "no"}
     assert dict(entry["dead"].levels) == {"1": "yes", "0": "no"}
     assert dict(entry["consent"].levels) == {"1": "true", "0": "false"}
-    assert drafted.notes["dead"] == ("asked in REDCap only if [age] > 17",)
+    assert drafted.notes["dead"][-1] == "asked in REDCap only if [age] > 17"
 
 
 def test_an_imported_dictionary_loads_and_reads_the_export(tmp_path):
@@ -202,6 +202,45 @@ def test_only_real_tags_are_taken_out_of_labels(tmp_path, label: str, shown: str
 def imported(folder: Path, *fields: list[str]):
     drafted = import_redcap(write(folder, [FIELDS[0], FIELDS[5], *fields]), records(folder))
     return {feature.name: feature for feature in drafted.dictionary.features}, drafted.notes
+
+
+def test_fields_that_look_like_outcomes_are_set_aside_by_name_label_levels_or_form(tmp_path):
+    levels = "1, Home | 2, Nursing home | 3, Died"
+    drafted = import_redcap(
+        write(
+            tmp_path,
+            [
+                FIELDS[0],
+                FIELDS[5],
+                field("died", "yesno", "Did the patient die?"),
+                field("x1", "yesno", "Readmitted within 30 days"),
+                field("went_to", "radio", "Discharge status", levels),
+                field("creat", "text", "Length of stay", valid="number"),
+                field("consent", "truefalse", "Consent", form="follow_up"),
+                field("pain", "slider", "Pain", header="Complications"),
+            ],
+        ),
+        records(tmp_path),
+    )
+    entry = {feature.name: feature for feature in drafted.dictionary.features}
+    assert [entry[name].role for name in ("died", "x1", "went_to")] == ["outcome"] * 3
+    assert [entry[name].role for name in ("creat", "consent", "pain")] == ["excluded"] * 3
+    assert drafted.set_aside == ("died", "x1", "went_to", "creat", "consent", "pain")
+    assert (
+        drafted.set_aside_line.count("\n") == 0 and "died, x1, went_to, creat, consent, pain" in drafted.set_aside_line
+    )
+    assert [feature.name for feature in drafted.dictionary.context_of(entry["died"])] == ["sex"]
+    assert all("TODO: looks like " in drafted.notes[name][0] for name in drafted.set_aside)
+    assert dict(entry["consent"].levels) == {
+        "1": "true",
+        "0": "false",
+    }  # what REDCap said stays, should it be a feature
+
+
+def test_numbers_with_a_decimal_comma_are_not_imported_as_empty(tmp_path):
+    (tmp_path / "records.csv").write_text("record_id;age;sex\n1;40;1\n2;50,5;2\n")
+    with pytest.raises(RegistryError, match=r"column 'age' holds numbers with a decimal comma \(row 2\)"):
+        import_redcap(write(tmp_path, [FIELDS[0], FIELDS[4], FIELDS[5]]), tmp_path / "records.csv")
 
 
 def test_a_bound_that_contradicts_the_table_stays_and_waits_for_a_person(tmp_path):

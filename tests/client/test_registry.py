@@ -123,7 +123,8 @@ def test_a_sentinel_word_in_a_number_column_is_missing(tmp_path):
         (["a,e,40,1,1,0", "b,e,41,1,1"], HEADER, "row 2 (line 3) has 5 cells, expected 6 as in the header; look for "
          "a missing or extra comma"),
         (["a,e,40,1,1,0", "b,e,forty,1,1,1"], HEADER, "column 'age': row 2: expected a number, got text"),
-        (["a,e,40,1,1,0", 'b,e,"41,5",1,1,1'], HEADER, "(write decimals with a point, not a comma)"),
+        (["a,e,40,1,1,0", 'b,e,"41,5",1,1,1'], HEADER, "row 2: expected a number, got one with a decimal "
+         "comma; write decimals with a point (3.5)"),
         (["a,e,40,1,1,0", "b,e,41,male,1,1"], HEADER, "column 'sex': row 2: a level that is not in the dictionary "
          "(known: '1', '2'); correct the cells, or map the code in site.toml"),
         (["a,e,40,1,1,0", ",e,41,1,1,1"], HEADER, "column 'pid': the patient id is empty in row 2; every row"),
