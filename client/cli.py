@@ -323,7 +323,9 @@ def _damage_is_an_answer() -> Iterator[None]:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a config key; may be repeated.")
 @click.option("--site", type=_PATH, default=None, help="site.toml: this hospital's mapping and its own test patients.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON; --out is written as well.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as JSON and no progress; --out is written as well."
+)
 def evaluate(
     model: str,
     table: Path,
@@ -362,8 +364,10 @@ def evaluate(
             n_questions=number, seed=seed,
         )
     )  # fmt: skip
-    with progress_bar("questions", len(exam.questions)) as advance:
-        result = step.score(exam, lambda done: advance(done, ""))
+    at_a_time = f"{settings.speed.micro_batch} at a time"
+    with progress_bar("questions", len(exam.questions), quiet=as_json) as advance:
+        advance(0, f"loading the model, then {at_a_time}")
+        result = step.score(exam, lambda done: advance(done, at_a_time))
     step.write(out, result)
     if as_json:
         click.echo(json.dumps(result, indent=2, sort_keys=True))

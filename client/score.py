@@ -92,7 +92,11 @@ def open_site(request: Request) -> tuple[Site, str]:
     config = load_site(request.site).model_copy(update={"table": table, "dictionary": dictionary})
     site = Site(request.site.resolve().parent, config)
     if config.split_key is None and not (site.state / "split.key").exists():
-        raise ConfigError(f"{request.site}: this site has no split key yet, so it has no test patients")
+        raise ConfigError(
+            f"{request.site}: this site has no split key yet, so it has no test patients: its first run makes "
+            f"{site.state / 'split.key'}; for a model that was trained elsewhere set split_key in site.toml (64 random "
+            "hexadecimal digits), or leave --site out for a public split of patients"
+        )
     return site, "site"
 
 

@@ -5,6 +5,7 @@ Shared by every command; rich is imported only when a bar is drawn.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -17,13 +18,14 @@ _LOG_EVERY_S = 10.0
 def progress_bar(title: str, total: int, *, quiet: bool = False) -> Generator[Callable[[int, str], None]]:
     """Yields `advance(done, note)`: `done` of `total` steps, with a short note beside the bar.
 
-    On a terminal: one live bar. Elsewhere (CI, a redirected log): a line at most every 10 seconds. `quiet`: nothing.
+    On a terminal: one live bar. Elsewhere (CI, a redirected log): the first call's line, then one at most every 10
+    seconds, and the last. `quiet`: nothing.
     """
     if quiet:
         yield lambda done, note: None
         return
     if not sys.stderr.isatty():
-        last = 0.0
+        last = -math.inf  # a clock may begin at 0
 
         def line(done: int, note: str) -> None:
             nonlocal last
