@@ -366,7 +366,7 @@ def evaluate(
     )  # fmt: skip
     at_a_time = f"{settings.speed.micro_batch} at a time"
     with progress_bar("questions", len(exam.questions), quiet=as_json) as advance:
-        advance(0, f"loading the model, then {at_a_time}")
+        advance(0, "loading the model")
         result = step.score(exam, lambda done: advance(done, at_a_time))
     step.write(out, result)
     if as_json:

@@ -218,7 +218,7 @@ def test_evaluate_scores_a_model_folder_and_writes_the_agreed_shape(tmp_path: Pa
     result = json.loads((tmp_path / "new" / "score.json").read_text())
     assert code == 0 and "majority" in out
     # Something is said before the model is loaded, and then what is asked is counted, not what was allowed.
-    assert err == "questions: 0/30 loading the model, then 16 at a time\nquestions: 30/30 16 at a time\n"
+    assert err == "questions: 0/30 loading the model\nquestions: 30/30 16 at a time\n"
     assert {"accuracy", "ci95", "n"} <= set(result["model"]) and result["model"]["n"] == 30
     assert 0 < result["chance"] < 1 and result["by_feature"] and result["majority"]["n"] == 30
     assert result["provenance"]["registry_digest"] and result["provenance"]["split_key"] == "public"
