@@ -7,6 +7,7 @@ the base model's files on this machine. Leaves: nothing; OUT is this hospital's.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from ..common.adapter import Manifest, flatten, vector_digest
@@ -48,7 +49,7 @@ def merge(site_toml: Path, run_id: str, out: Path, base: str | None = None) -> s
     manifest = Manifest.from_json(read_record(runs / run_id / "round-0.record").values["manifest"])
     if manifest.strategy == "full":
         raise UserError(f"run '{run_id}': trained all parameters, so {adapter} is the whole model; nothing to merge")
-    from ..common.lm.merge import merge_adapter
+    from ..common.lm.merge import merge_into, new_folder
     from ..common.lm.models import read_tensors
     from ..common.lm.packaged import base_digest, resolve
 
@@ -59,7 +60,10 @@ def merge(site_toml: Path, run_id: str, out: Path, base: str | None = None) -> s
     path = resolve(base if base is not None else _base_of(adapter))
     if base_digest(path) != manifest.base_digest:
         raise VerificationError(f"base model {path}: its files are not those that the run was trained on")
-    merge_adapter(path, adapter, out)
+    with new_folder(out) as work:
+        merge_into(path, adapter, work)
+        for file in work.iterdir():  # safetensors writes for its owner alone, everything else as the umask says
+            shutil.copymode(work / "config.json", file)
     return digest
 
 

@@ -16,6 +16,7 @@ files give). A coordinator short of memory for two copies releases its model and
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -93,8 +94,8 @@ def finalize(
             (folder / "README.md").write_text(model_card(what, facts, evaluation), encoding="utf-8")
             text = json.dumps(facts, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
             (folder / "provenance.json").write_text(text, encoding="utf-8")
-            for file in folder.iterdir():
-                file.chmod(0o644)  # safetensors writes for its owner alone, everything else for all
+            for file in folder.iterdir():  # safetensors writes for its owner alone, everything else as the umask says
+                shutil.copymode(folder / "README.md", file)
     return Finalized(out / "adapter", out / "model", checks)
 
 
@@ -137,7 +138,7 @@ def _facts(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("base model", f"`{facts['base_model']}`, digest `{facts['base_digest']}`"),
         ("trained", f"strategy `{facts['strategy']}`, {facts['questions_trained']:,} questions, seed {facts['seed']}"),
-        ("rounds", f"{facts['rounds_run']} run, round {facts['kept_round']} kept (0: the warmed-up model)"),
+        ("rounds", f"{facts['rounds_run']} run, the final model is of round {facts['kept_round']} (0: before them)"),
         ("sites", str(facts["sites"])),
         ("adapter digest", f"`{facts['adapter_digest']}`"),
         ("config digest", f"`{facts['config_digest']}`"),

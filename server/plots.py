@@ -110,7 +110,7 @@ class RoundPoint:
 
 
 def line_plot(points: Sequence[RoundPoint], series: str, summary: str) -> Markup:
-    """A share over rounds, with whiskers where given; rolled-back rounds are crossed out, the kept one is ringed.
+    """A share over rounds, with whiskers where given; rolled-back rounds are crossed out, the best one is ringed.
 
     Args:
         points: in order of rounds; at least one.

@@ -43,7 +43,7 @@ def provenance(
         dictionary_digest: of the data dictionary.
         sites: how many took part: had an update in some round.
         rounds_run: training rounds that were completed.
-        kept_round: whose adapter is the final one; 0: the warmed-up model.
+        kept_round: whose adapter is the final one; 0: the model before the rounds, warmed up where that was on.
         questions_trained: over all sites and rounds.
         simulated: all sites ran on one machine.
         public: the registry is open or synthetic.

@@ -210,8 +210,9 @@ def _result_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _round_row(record: Mapping[str, Any]) -> dict[str, Any]:
     if record["rolled_back"]:
         decision = "rolled back"
-    else:
-        decision = "best so far" if record["best_round"] == record["round"] else "kept"
+    else:  # without a validation of it a round is continued from, whether it is then called the best or not
+        best = record["best_round"] == record["round"] and record["validation_accuracy"] is not None
+        decision = "best so far" if best else "continued"
     return {
         "round": record["round"],
         "sites": record["site_count"],
@@ -224,7 +225,7 @@ def _round_row(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _learning_curve(rounds: Sequence[Mapping[str, Any]], run: Mapping[str, Any], kept: int) -> Markup | None:
+def _learning_curve(rounds: Sequence[Mapping[str, Any]], run: Mapping[str, Any], final: int) -> Markup | None:
     """Validation accuracy from round 0 on; None without a validation gate."""
     points: list[plots.RoundPoint] = []
     start = run["baseline"]
@@ -235,12 +236,12 @@ def _learning_curve(rounds: Sequence[Mapping[str, Any]], run: Mapping[str, Any],
     for index, share, n, rolled_back in states:
         if share is not None and n > 0:
             low, high = wilson(round(share * n), n)
-            state = "best" if index == kept else "rolled-back" if rolled_back else ""
+            state = "best" if index == final else "rolled-back" if rolled_back else ""
             points.append(plots.RoundPoint(index, share, low, high, state))
     if not points:
         return None
     path = ", ".join(f"round {point.round_index} {evaluate.percent(point.value)}" for point in points)
-    return plots.line_plot(points, "final", f"Validation accuracy by round: {path}. Kept: round {kept}.")
+    return plots.line_plot(points, "final", f"Validation accuracy by round: {path}. Final model: round {final}.")
 
 
 def _reward_curve(rounds: Sequence[Mapping[str, Any]]) -> Markup | None:

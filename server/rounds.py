@@ -100,7 +100,7 @@ class Rounds:
             score = _score(self.journal.read(round_phase(done, "validate")).values["score"])
             verdict, best = judge(best, done, score, self.config.federation.rollback_tolerance, gate=self.gate)
         best_model, best_optimizer = self._applied(best.round_index)
-        if verdict == "kept":
+        if verdict == "continued":
             model, optimizer = self._applied(done)
         else:  # the newest is the best, or was rolled back to it
             model, optimizer = best_model, best_optimizer
@@ -134,7 +134,7 @@ class Rounds:
         self.sums.forget(name)
         if verdict == "best":
             return State(model, optimizer, best, model, optimizer), record
-        if verdict == "kept":
+        if verdict == "continued":
             return State(model, optimizer, best, before.best_model, before.best_optimizer), record
         return State(before.best_model, before.best_optimizer, best, before.best_model, before.best_optimizer), record
 

@@ -33,13 +33,13 @@ class Best:
     since: int = 0
 
 
-Verdict = Literal["best", "kept", "rolled-back"]
+Verdict = Literal["best", "continued", "rolled-back"]
 
 
 def judge(best: Best, round_index: int, score: Score, tolerance: float, *, gate: bool = True) -> tuple[Verdict, Best]:
     """What becomes of a round, and the best after it.
 
-    As good as the best counts as best: of two rounds that answer equally many questions the one trained longer is kept.
+    As good as the best counts as best: of two rounds that answer equally many questions the one trained longer is.
     Only a rise resets `since`, so a run that only ties ends by `federation.patience`. Where nothing is known of a round
     (too few sites finished the sum), training goes on from it, and the best stays.
 
@@ -55,10 +55,10 @@ def judge(best: Best, round_index: int, score: Score, tolerance: float, *, gate:
     before, now = accuracy(best.score), accuracy(score)
     after = Best(best.round_index, best.score, best.since + 1)
     if before is None or now is None:
-        return "kept", after
+        return "continued", after
     if now > before:
         return "best", Best(round_index, score)
     if now == before:
         return "best", Best(round_index, score, best.since + 1)
     # The slack keeps 0.50 − 0.48 from counting as more than 0.02.
-    return ("rolled-back" if before - now > tolerance + 1e-9 else "kept"), after
+    return ("rolled-back" if before - now > tolerance + 1e-9 else "continued"), after

@@ -1,6 +1,7 @@
 """The final model made at the hospital: what was confirmed, merged into the base model of the run, or nothing."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,17 @@ def test_the_merged_model_is_base_and_adapter(tmp_path: Path, tiny_model_path: P
     probes = probe_prompts(lm.tokenizer)
     merged = logits(load_plain(tmp_path / "model", lm.dtype), probes)
     assert float((merged - logits(lm.model, probes)).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_who_may_read_the_model_is_what_the_umask_says(tmp_path: Path, tiny_model_path: Path, umask: int, mode: int):
+    path, before = site(tmp_path, tiny_model_path), os.umask(umask)
+    try:
+        merge(path, RUN, tmp_path / "model")
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "model").iterdir()}
+    assert "model.safetensors" in modes and set(modes.values()) == {mode}
 
 
 def test_another_adapter_than_the_confirmed_one_is_not_merged(tmp_path: Path, tiny_model_path: Path):

@@ -1,6 +1,7 @@
 """The final folders load in a plain session and are what was trained; what is wrong leaves nothing behind."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -155,6 +156,19 @@ def test_a_finalize_that_is_repeated_writes_the_same_bytes(tiny_model_path: Path
     after = {name: (tmp_path / name).read_bytes() for name in contents(tmp_path) if (tmp_path / name).is_file()}
     assert before == after
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "model"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_who_may_read_the_folders_is_what_the_umask_says(
+    tiny_model_path: Path, tmp_path: Path, umask: int, mode: int
+) -> None:
+    lm, before = trained(tiny_model_path), os.umask(umask)
+    try:
+        finalize(lm, tmp_path, facts_of(lm))
+    finally:
+        os.umask(before)
+    for folder in ("adapter", "model"):
+        assert {file.stat().st_mode & 0o777 for file in (tmp_path / folder).iterdir()} == {mode}
 
 
 def test_card_and_provenance_say_where_the_model_comes_from(tiny_model_path: Path, tmp_path: Path) -> None:

@@ -158,8 +158,21 @@ def test_a_run_without_gate_reward_or_samples_has_a_page(tmp_path: Path) -> None
     run = {**values["run"], "baseline": {"accuracy": None, "questions": 0}, "samples": []}
     path = write_report(tmp_path / "report.html", **{**values, "rounds": [record], "run": run})
     shown = Page(path.read_text()).text()
-    for words in ("had no validation gate", "No question was trained", "No sample was sent"):
+    assert "best so far" not in shown
+    for words in ("had no validation gate", "No question was trained", "No sample was sent", "Without validation each"):
         assert words in shown
+
+
+def test_a_run_whose_final_model_is_round_0_calls_no_round_kept_or_best(tmp_path: Path) -> None:
+    values = case(rounds=2)
+    rounds = [{**record, "best_round": 0, "rolled_back": record["round"] == 1} for record in values["rounds"]]
+    facts = {**values["provenance"], "kept_round": 0}
+    path = write_report(tmp_path / "report.html", **{**values, "rounds": rounds, "provenance": facts})
+    shown = Page(path.read_text()).text()
+    assert "here round 0, for no round came up to the model before them." in shown
+    assert "rolled back 13.8 MB" in shown and "continued 13.8 MB" in shown
+    assert "kept" not in shown.replace("kept round 0 questions trained", "") and "best so far 13.8 MB" not in shown
+    assert "Final model: round 0." in path.read_text()
 
 
 def test_a_run_of_many_rounds_is_drawn_as_a_line(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The validation gate: which round is kept, which is undone."""
+"""The validation gate: which round is the best, which is continued from, which is undone."""
 
 import pytest
 from wardround.server.validation import NOTHING, Best, accuracy, judge
@@ -13,8 +13,8 @@ def score(correct: int, questions: int = 100) -> tuple[int, int]:
     [
         (61, "best", 3, 0),
         (60, "best", 3, 2),  # a tie keeps the later round, but is no progress
-        (59, "kept", 1, 2),
-        (58, "kept", 1, 2),  # exactly the tolerance below
+        (59, "continued", 1, 2),
+        (58, "continued", 1, 2),  # exactly the tolerance below
         (57, "rolled-back", 1, 2),
     ],
 )
@@ -29,7 +29,7 @@ def test_sums_over_other_numbers_of_sites_are_compared_by_their_accuracy():
     assert judge(best, 1, score(57, questions=100), 0.02)[0] == "rolled-back"
 
 
-def test_without_validation_every_round_is_kept():
+def test_without_validation_every_round_counts_as_best():
     verdict, best = judge(Best(0, NOTHING), 1, NOTHING, 0.02, gate=False)
     assert (verdict, best.round_index, best.since) == ("best", 1, 0)
     assert accuracy(NOTHING) is None
@@ -37,4 +37,4 @@ def test_without_validation_every_round_is_kept():
 
 def test_a_round_that_nothing_is_known_of_never_becomes_the_best():
     verdict, best = judge(Best(3, score(180, questions=200), since=1), 4, NOTHING, 0.02)
-    assert (verdict, best.round_index, best.since) == ("kept", 3, 2)
+    assert (verdict, best.round_index, best.since) == ("continued", 3, 2)
