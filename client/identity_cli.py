@@ -2,17 +2,18 @@
 
 Mounted by client/cli.py. What these commands print is public: names, fingerprints, digests. None of them writes
 site.toml: it is the hospital's own file, with its comments, and what is in it is what the hospital decided. They print
-the lines to put there, and keep every roster under its serial, so that a pin takes effect when a person sets it, all at
-once, and can be taken back.
+the lines to put there and where, as the file is now, and keep every roster under its serial, so that a pin takes effect
+when a person sets it, all at once, and can be taken back.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -56,7 +57,7 @@ def card(site: Path, out: Path | None) -> None:
 
     keys = SiteKeys.open(site)
     out = out or keys.folder / f"{keys.config.name}.card.json"
-    _check_out(out)
+    _check_out(out, keys.path)
     identity, made = keys.load_or_create()
     made_card = Card.make(identity, keys.config.name)
     _write_card(out, made_card)
@@ -65,8 +66,8 @@ def card(site: Path, out: Path | None) -> None:
     click.echo(f"{made_card.name}\n{made_card.fingerprint}\n{out}")
 
 
-def _check_out(out: Path) -> None:
-    """Only a card is overwritten by a card; checked before a key is made."""
+def _check_out(out: Path, key: Path) -> None:
+    """Refuses what `_write_card` would, as far as it can be told before the key in `key` is made."""
     from ..common.errors import ConfigError, WardroundError
     from ..common.identity import Card
 
@@ -78,18 +79,30 @@ def _check_out(out: Path) -> None:
         Card.parse(out.read_bytes(), str(out))
     except WardroundError:
         raise ConfigError(f"--out {out}: exists and is not a site card; it is not overwritten") from None
+    if not os.path.lexists(key):
+        _refuse_other_card(out)
 
 
 def _write_card(out: Path, made: Card) -> None:
+    """Writes a card where none is; the same one again is nothing new, another one is not overwritten."""
     from ..common.files import write_atomic
 
+    content = made.to_json().encode()
+    if out.exists() and out.read_bytes() != content:
+        _refuse_other_card(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, made.to_json().encode(), mode=0o644)
+    write_atomic(out, content, mode=0o644)
+
+
+def _refuse_other_card(out: Path) -> NoReturn:
+    from ..common.errors import ConfigError
+
+    raise ConfigError(f"{out}: is another card, and is not overwritten: move it away, or name another file with --out")
 
 
 @click.command(epilog="Example: wardround client rotate   ·   wardround client rotate --finish")
 @_site
-@click.option("--out", type=_PATH, default=None, help="Where the card goes; NAME.card.json beside site.toml.")
+@click.option("--out", type=_PATH, default=None, help="Where the card goes; NAME.next.card.json beside site.toml.")
 @click.option("--finish", is_flag=True, help="Use the new key from now on; the pinned roster must hold it.")
 def rotate(site: Path, out: Path | None, finish: bool) -> None:
     """Change this hospital's key: make a new one, and write a card of it that the old and the new key sign.
@@ -110,8 +123,8 @@ def rotate(site: Path, out: Path | None, finish: bool) -> None:
             now = keys.finish_rotation()
         click.echo(f"{keys.config.name}\n{now.fingerprint}\nin use from now on: {keys.path}")
         return
-    out = out or keys.folder / f"{keys.config.name}.card.json"
-    _check_out(out)
+    out = out or keys.folder / f"{keys.config.name}.next.card.json"
+    _check_out(out, keys.next_path)
     following, made = keys.load_or_prepare_next()
     made_card = Card.make(following, keys.config.name, previous=keys.load())
     _write_card(out, made_card)
@@ -178,8 +191,23 @@ def pin(file: Path, site: Path, coordinator: str | None) -> None:
     if before is not None and before.digest == offered.digest:
         click.echo("\nPinned already.")
         return
-    click.echo("\nIf that is right, set in site.toml:\n\n[identity]")
-    click.echo(f'roster = "{kept.name}"\nroster_digest = "{offered.digest.hex()}"')
+    lines = {"roster": f'"{kept.name}"', "roster_digest": f'"{offered.digest.hex()}"'}
+    _print_settings("\nIf that is right,", site, lines)
+
+
+def _print_settings(intro: str, site: Path, settings: Mapping[str, str]) -> None:
+    """Lines for [identity] in site.toml, and where they go in it as it is: TOML takes no table and no key twice."""
+    from ..common.config import read_toml
+
+    there = read_toml(site).get("identity")
+    if there is None:
+        click.echo(f"{intro} add at the end of {site}:\n\n[identity]")
+    else:
+        old = [key for key in settings if key in there]
+        instead = f", in the place of its {' and '.join(old)}" if old else ""
+        click.echo(f"{intro} set in {site}, below its line [identity]{instead}:\n")
+    for key, value in settings.items():
+        click.echo(f"{key} = {value}")
 
 
 def _check_coordinator(offered: Roster, expected: str) -> None:
@@ -262,7 +290,7 @@ def _spaced(plain: str) -> str:
 @click.argument("fingerprint", nargs=-1, required=True)
 @_site
 def verify_command(fingerprint: tuple[str, ...], site: Path) -> None:
-    """Look up FINGERPRINT, as a hospital read it to you, on the pinned roster, and print the line that verifies it.
+    """Look up FINGERPRINT, as a hospital read it to you, on the pinned roster, and print the lines that verify it.
 
     Only hospitals whose fingerprint you compared with them yourself, by a telephone number that did not come from the
     coordinator, count as honest for this site.
@@ -285,13 +313,11 @@ def verify_command(fingerprint: tuple[str, ...], site: Path) -> None:
     if plain_fingerprint(found.fingerprint) in verified:
         click.echo(f"{found.name}: verified already")
         return
-    click.echo(f"{found.name}\n\nIf {found.name} read you this fingerprint itself, set in site.toml:\n\n[identity]")
-    click.echo("verified = [")
     names = {plain_fingerprint(item.fingerprint): item.name for item in pinned.members if item.active}
-    for plain in (*verified, plain_fingerprint(found.fingerprint)):
-        if plain in names:
-            click.echo(f'  "{_spaced(plain)}",  # {names[plain]}')
-    click.echo("]")
+    listed = [plain for plain in (*verified, plain_fingerprint(found.fingerprint)) if plain in names]
+    lines = ["[", *(f'  "{_spaced(plain)}",  # {names[plain]}' for plain in listed), "]"]
+    intro = f"{found.name}\n\nIf {found.name} read you this fingerprint itself,"
+    _print_settings(intro, site, {"verified": "\n".join(lines)})
 
 
 @roster.command("show", epilog="Example: wardround client roster show --site site.toml")

@@ -61,22 +61,36 @@ def _mismatch_is_an_answer() -> Iterator[None]:
 @click.option("--consortium", required=True, help="The consortium's name, as people read it.")
 @_passphrase_file
 def make(folder: Path, cards: tuple[Path, ...], consortium: str, passphrase_file: Path | None) -> None:
-    """Make a consortium's first roster in FOLDER from the CARDS that hospitals sent.
+    """Make a consortium's first roster in FOLDER from the CARDS that hospitals sent, three or more.
 
     Makes the coordinator's key where there is none. Send roster-1.json to every hospital, and tell each by telephone
     the coordinator's fingerprint.
     """
-    from ..common.errors import RunFolderError
+    from ..common.errors import ConfigError, RunFolderError
     from ..common.files import check_writable, private_folder
+    from ..common.identity import Identity
+    from ..common.key_file import passphrase
     from ..common.roster import Roster
+    from ..common.secagg.keys import MIN_MEMBERS
 
     if _serials(folder):
         raise RunFolderError(f"{folder}: has a roster already: call `wardround server roster add` to change it")
     with _mismatch_is_an_answer():
         read = _read_cards(cards)
         check_writable(folder)
-        coordinator = _key(private_folder(folder), passphrase_file, create=True)
-        _publish(folder, Roster.first(coordinator, consortium, read))
+        # Nothing is written before everything that can be refused was looked at.
+        known = os.path.lexists(folder / _KEY)
+        coordinator = _key(folder, passphrase_file) if known else Identity.generate()
+        signed = Roster.first(coordinator, consortium, read)
+        if len(signed.members) < MIN_MEMBERS:
+            raise ConfigError(
+                f"{len(signed.members)} card{'s' * (len(signed.members) > 1)}: a sum needs at least {MIN_MEMBERS} "
+                "hospitals, so a smaller consortium can train nothing: wait for the others' cards"
+            )
+        if not known:
+            locked = coordinator.lock(passphrase(passphrase_file, os.environ, "--passphrase-file"))
+            _write_key(private_folder(folder), locked)
+        _publish(folder, signed)
 
 
 @roster.command(epilog="Example: wardround server roster add coordinator west.card.json")
@@ -125,22 +139,24 @@ def _read_cards(paths: tuple[Path, ...]) -> list[Card]:
     return read
 
 
-def _key(folder: Path, passphrase_file: Path | None, create: bool = False) -> Identity:
-    """The coordinator's key; one that is there is never replaced."""
-    from ..common.errors import ConfigError
-    from ..common.identity import Identity
-    from ..common.key_file import passphrase, read_key, write_key
+def _key(folder: Path, passphrase_file: Path | None) -> Identity:
+    """The coordinator's key."""
+    from ..common.key_file import passphrase, read_key
 
-    secret, path = passphrase(passphrase_file, os.environ, "--passphrase-file"), folder / _KEY
-    if create and not os.path.lexists(path):
-        identity = Identity.generate()
-        try:
-            write_key(path, identity, secret)
-        except FileExistsError:
-            raise ConfigError(f"{path}: another process is making it; call the same command again") from None
-        click.echo(f"made the coordinator's key: {path}", err=True)
-        return identity
-    return read_key(path, secret)
+    return read_key(folder / _KEY, passphrase(passphrase_file, os.environ, "--passphrase-file"))
+
+
+def _write_key(folder: Path, locked: bytes) -> None:
+    """Writes a new key, encrypted; one that is there is never replaced."""
+    from ..common.errors import ConfigError
+    from ..common.key_file import write_once
+
+    path = folder / _KEY
+    try:
+        write_once(path, locked, 0o600)
+    except FileExistsError:
+        raise ConfigError(f"{path}: another process is making it; call the same command again") from None
+    click.echo(f"made the coordinator's key: {path}", err=True)
 
 
 def _serials(folder: Path) -> dict[int, Path]:
@@ -171,6 +187,7 @@ def _publish(folder: Path, signed: Roster, before: Roster | None = None) -> None
     from ..common.files import write_atomic
     from ..common.key_file import write_once
     from ..common.roster import describe
+    from ..common.secagg.keys import MIN_MEMBERS
 
     path, content = folder / f"roster-{signed.serial}.json", signed.to_json().encode()
     try:
@@ -186,4 +203,11 @@ def _publish(folder: Path, signed: Roster, before: Roster | None = None) -> None
         click.echo(f"\nChanges from serial {before.serial}:")
         for line in signed.changes_from(before):
             click.echo(f"  {line}")
+    active = sum(1 for item in signed.members if item.active)
+    if active < MIN_MEMBERS:
+        click.echo(
+            f"warning: {active} active member{'s' * (active != 1)}: a sum needs at least {MIN_MEMBERS}, so nothing can "
+            "be trained until others are added",
+            err=True,
+        )
     click.echo(f"\n{path}: send it to every hospital; each pins it with `wardround client roster pin`.")

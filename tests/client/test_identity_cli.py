@@ -53,8 +53,8 @@ def member(site: Path, capsys: pytest.CaptureFixture[str]) -> tuple[Path, Roster
     return site, send(site, Roster.first(COORDINATOR, "Stroke", [own_card(site), *CARDS]))
 
 
-def own_card(site: Path) -> Card:
-    return Card.parse((site / "north.card.json").read_bytes(), "card")
+def own_card(site: Path, name: str = "north.card.json") -> Card:
+    return Card.parse((site / name).read_bytes(), "card")
 
 
 def send(site: Path, roster: Roster, name: str = "roster.json") -> Roster:
@@ -63,9 +63,18 @@ def send(site: Path, roster: Roster, name: str = "roster.json") -> Roster:
 
 
 def put(site: Path, out: str) -> None:
-    """What a person does with the lines that a command prints."""
-    lines = out.partition("[identity]\n")[2]
-    (site / "site.toml").write_text(SITE + "[identity]\n" + lines)
+    """What a person does who follows to the letter what a command prints."""
+    path = site / "site.toml"
+    text = path.read_text()
+    said = re.search(r"set in \S+, below its line \[identity\](?:, in the place of its (.*))?:\n\n", out)
+    if said is None:
+        path.write_text(text + out.partition(", add at the end of site.toml:\n\n")[2])
+        return
+    for key in said[1].split(" and ") if said[1] else ():
+        text, times = re.subn(rf"(?m)^{key} = (\[[^]]*\]|.*).*\n", "", text)
+        assert times == 1
+    assert text.count("[identity]\n") == 1
+    path.write_text(text.replace("[identity]\n", "[identity]\n" + out[said.end() :]))
 
 
 # ---- card
@@ -91,6 +100,22 @@ def test_card_refuses_what_it_cannot_use_and_leaves_nothing(site: Path, capsys, 
     monkeypatch.delenv("WARDROUND_PASSPHRASE")
     assert "no passphrase: set WARDROUND_PASSPHRASE" in refused(capsys, "client", "card")
     assert not (site / "north.card.json").exists() and not (site / "state" / "identity.pem").exists()
+
+
+def test_a_card_is_never_overwritten_by_another_one(site: Path, capsys):
+    (site / "north.card.json").write_text(CARDS[0].to_json())
+    said = "is another card, and is not overwritten: move it away, or name another file with --out"
+    assert f"north.card.json: {said}" in refused(capsys, "client", "card")
+    assert not (site / "state" / "identity.pem").exists()  # nothing is made before
+    (site / "north.card.json").unlink()
+    run(capsys, "client", "card")
+    before = (site / "north.card.json").read_bytes()
+    assert said in refused(capsys, "client", "rotate", "--out", "north.card.json")
+    assert not (site / "state" / "identity.next.pem").exists()
+    run(capsys, "client", "rotate")
+    assert said in refused(capsys, "client", "rotate", "--out", "north.card.json")
+    assert said in refused(capsys, "client", "card", "--out", "north.next.card.json")
+    assert (site / "north.card.json").read_bytes() == before and own_card(site, "north.next.card.json").previous
 
 
 def test_card_refuses_a_wrong_passphrase_and_an_open_key(site: Path, capsys, monkeypatch: pytest.MonkeyPatch):
@@ -213,19 +238,39 @@ def test_pin_refuses_what_is_no_roster(member, capsys, content: str | None, why:
 
 def test_verify_prints_the_line_that_verifies_and_it_does(member, capsys):
     site, _ = member
-    pinned = run(capsys, "client", "roster", "pin", "mail/roster.json")[1]
-    put(site, pinned)
+    put(site, run(capsys, "client", "roster", "pin", "mail/roster.json")[1])
     south, east = (OTHERS[name].fingerprint for name in ("south", "east"))
     code, out, _ = run(capsys, "client", "roster", "verify", *south.lower().split())
     assert code == 0 and out.startswith("south\n") and f'"{south}",  # south\n' in out
-    put(site, pinned + out.partition("[identity]\n")[2])
+    put(site, out)
     assert run(capsys, "client", "roster", "verify", south)[1] == "south: verified already\n"
     out = run(capsys, "client", "roster", "verify", east.replace(" ", ""))[1]
     assert f'"{south}",  # south\n  "{east}",  # east\n]' in out  # those before stay
-    put(site, pinned + out.partition("[identity]\n")[2])
+    put(site, out)
     shown = json.loads(run(capsys, "client", "roster", "show", "--json")[1])
     assert all(item["verified"] for item in shown["members"]) and len(shown["members"]) == 3
     assert "3 of 3 active members verified" in run(capsys, "client", "roster", "show")[1]
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [
+        "",
+        "[identity]\npassphrase_file = 'p'\n[policy]\nmin_sites = 3\n",
+        '[identity]\nroster = "roster.json"\nverified = []\n',
+    ],
+    ids=["none", "others", "the example's"],
+)
+def test_what_pin_and_verify_print_can_be_put_one_after_the_other(member, capsys, identity: str):
+    site, roster = member
+    (site / "site.toml").write_text(SITE + identity)
+    put(site, run(capsys, "client", "roster", "pin", "mail/roster.json")[1])
+    for key in OTHERS.values():
+        put(site, run(capsys, "client", "roster", "verify", key.fingerprint)[1])
+    send(site, roster.adding(COORDINATOR, [Card.make(Identity.generate(), "w")]))
+    put(site, run(capsys, "client", "roster", "pin", "mail/roster.json")[1])
+    assert "3 of 4 active members verified" in run(capsys, "client", "roster", "show")[1]
+    assert (site / "site.toml").read_text().count("[identity]") == 1
 
 
 def test_verify_refuses_fingerprints_of_nobody_of_the_revoked_and_what_is_none(member, capsys):
@@ -257,7 +302,8 @@ def test_rotate_writes_a_card_of_both_keys_and_finishes_once_the_roster_has_it(m
     put(site, run(capsys, "client", "roster", "pin", "mail/roster.json")[1])
     old = own_card(site)
     code, out, err = run(capsys, "client", "rotate")
-    new = own_card(site)
+    new = own_card(site, "north.next.card.json")
+    assert own_card(site) == old  # the card of the key in use stays
     assert code == 0 and new.previous == old.id and out.startswith(f"north\n{new.fingerprint}\n")
     assert err == f"made the next key: {site / 'state' / 'identity.next.pem'}\n"
     assert run(capsys, "client", "rotate") == (0, out, "")  # again: the same key, the same card

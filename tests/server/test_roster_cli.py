@@ -61,6 +61,41 @@ def test_make_signs_the_first_roster_with_a_key_of_its_own(mail: Path, capsys):
     assert "has a roster already" in refused(capsys, *MAKE)
 
 
+@pytest.mark.parametrize(
+    ("cards", "consortium", "why"),
+    [
+        (("north.json", "south.json"), "Stroke", "2 cards: a sum needs at least 3 hospitals"),
+        (
+            ("north.json",),
+            "Stroke",
+            "1 card: a sum needs at least 3 hospitals, so a smaller consortium can train nothing",
+        ),
+        (("north.json", "north.json", "east.json"), "Stroke", "north is on the roster already"),
+        (("north.json", "south.json", "east.json"), "a\nb", "expected 1 to 100 printable characters"),
+    ],
+)
+def test_a_first_roster_that_is_refused_leaves_nothing(mail: Path, capsys, cards, consortium: str, why: str):
+    assert why in refused(capsys, "make", "coordinator", *cards, "--consortium", consortium)
+    assert not (mail / "coordinator").exists()
+
+
+def test_a_first_roster_without_a_passphrase_that_is_long_enough_leaves_nothing(mail: Path, capsys, monkeypatch):
+    monkeypatch.setenv("WARDROUND_PASSPHRASE", "short")
+    assert "at least 12 characters" in refused(capsys, *MAKE)
+    monkeypatch.delenv("WARDROUND_PASSPHRASE")
+    assert "no passphrase: set WARDROUND_PASSPHRASE" in refused(capsys, *MAKE)
+    assert not (mail / "coordinator").exists()
+
+
+def test_a_roster_that_shrinks_below_three_says_so(mail: Path, capsys):
+    run(capsys, *MAKE)
+    code, _, err = run(capsys, "revoke", "coordinator", "east")
+    assert code == 0 and err == (
+        "warning: 2 active members: a sum needs at least 3, so nothing can be trained until others are added\n"
+    )
+    assert run(capsys, "add", "coordinator", "west.json")[2] == ""
+
+
 def test_add_and_revoke_sign_the_next_serials_and_keep_every_one(mail: Path, capsys):
     run(capsys, *MAKE)
     code, out, err = run(capsys, "add", "coordinator", "west.json")
