@@ -255,9 +255,6 @@ def ledger() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print every entry as a line of JSON.")
 def show(site_toml: Path, as_json: bool) -> None:
     """Print what left this site and what it refused, oldest first."""
-    from rich.markup import escape
-    from rich.table import Table
-
     record = _ledger_of(site_toml)
     with _damage_is_an_answer():
         entries = list(record.entries())
@@ -265,14 +262,18 @@ def show(site_toml: Path, as_json: bool) -> None:
         for entry in entries:
             click.echo(json.dumps(entry, sort_keys=True))
         return
-    shown = Table(title=f"{escape(str(record.path))}: {len(entries)} entries", title_justify="left")
-    for heading in ("n", "time", "run", "round", "phase", "bytes", "in all", "what"):
-        shown.add_column(heading, justify="right" if heading in ("n", "round", "bytes", "in all") else "left")
+    click.echo(f"{record.path}: {len(entries)} entries" + (", times in UTC" if entries else ""))
+    rows = [("n", "time", "run", "round", "phase", "bytes", "in all", "what")] if entries else []
     for entry in entries:
-        counts = [str(entry["n"]), entry["time"], entry["run"][:8], str(entry["round"]), escape(entry["phase"])]
+        moment = entry["time"][:19].replace("T", " ")  # written in UTC
         what = f"{entry['kind']}: {entry['code'] or entry['purpose']}"
-        shown.add_row(*counts, f"{entry['bytes']:,}", f"{entry['total']:,}", escape(what))
-    _console().print(shown)
+        sizes = f"{entry['bytes']:,}", f"{entry['total']:,}"
+        rows.append((str(entry["n"]), moment, entry["run"][:8], str(entry["round"]), entry["phase"], *sizes, what))
+    # Lines as long as they are: a table would cut columns to fit a narrow terminal, which breaks a line at its end.
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [f"{cell:{'>' if i in (0, 3, 5, 6) else '<'}{widths[i]}}" for i, cell in enumerate(row)]
+        click.echo("  ".join(cells).rstrip())
 
 
 @ledger.command(epilog="Example: wardround client ledger verify site.toml")

@@ -341,6 +341,8 @@ def test_the_ledger_is_shown_and_verified(tmp_path: Path, capsys):
     ledger = site_with_a_ledger(tmp_path, 3)
     code, out, _ = run(capsys, "client", "ledger", "show", tmp_path / "site.toml")
     assert code == 0 and "3 entries" in out and "refusal: refused" in out and "2,000" in out and "0f0f0f0f" in out
+    for entry, line in zip(ledger.entries(), out.splitlines()[2:], strict=True):  # a line each, however wide it is
+        assert line.split()[:3] == [str(entry["n"]), *entry["time"][:19].split("T")] and "train.local" in line
     code, out, _ = run(capsys, "client", "ledger", "show", tmp_path / "site.toml", "--json")
     assert code == 0 and [json.loads(line) for line in out.splitlines()] == list(ledger.entries())
     code, out, _ = run(capsys, "client", "ledger", "verify", tmp_path / "site.toml")
