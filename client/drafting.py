@@ -72,7 +72,7 @@ class Draft:
             return ""
         return (
             "set aside, never shown to the model, for they look like outcomes or what follows from one: "
-            f"{listed(self.set_aside)}; decide on each (its TODO says how)"
+            f"{', '.join(self.set_aside)}; decide on each (its TODO says how)"
         )
 
     @property
@@ -124,14 +124,14 @@ def _refuse_decimal_commas(table: Path, data: pa.Table) -> None:
             found[name] = np.flatnonzero(np.isin(codes, [i for i, word in enumerate(words) if word in commas]))
     if found:
         (first, rows), more = next(iter(found.items())), [f"'{name}'" for name in found][1:]
-        others = f"; so do{'es' if len(more) == 1 else ''} {listed(more)}" if more else ""
+        others = f"; so do{'es' if len(more) == 1 else ''} {_listed(more)}" if more else ""
         raise RegistryError(
             f"{table}: column '{first}' holds numbers with a decimal comma ({tables.rows_text(rows)}){others}: "
             f"{tables.COMMA_ADVICE}; if they are codes and no numbers, write those without a comma"
         )
 
 
-def listed(names: Sequence[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     """Names in a line, the first ten of many."""
     return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 

@@ -23,7 +23,7 @@ _NAMES: tuple[tuple[str, re.Pattern[str]], ...] = tuple((kind, re.compile("|".jo
         r"\bdece(?:s|d\w*)\b", r"\bmort(?:e|s)?\b", r"사망",
     )),
     ("a survival", (
-        r"surviv", r"\balive\b", r"\bvital status\b", r"\bcensor", r"\b(?:pfs|dfs|efs|rfs)\b",
+        r"surviv", r"\bsurv\b", r"\balive\b", r"\bvital status\b", r"\bcensor", r"\b(?:pfs|dfs|efs|rfs)\b",
         r"\bos (?:time|days|months|years|event|status|flag)\b", r"uberleb", r"ueberleb", r"overlevi", r"\bsurvie\b",
         r"생존",
     )),
@@ -39,15 +39,15 @@ _NAMES: tuple[tuple[str, re.Pattern[str]], ...] = tuple((kind, re.compile("|".jo
         r"\bdays (?:in|of) (?:the )?(?:hospital|icu|stay)", r"\bfree days\b", r"verweildauer", r"liegedauer",
         r"aufenthaltsdauer", r"opnameduur", r"ligduur", r"\bduree de sejour\b", r"재원", r"입원 ?기간",
     )),
-    ("a cost", (r"\bcosts?\b", r"\bcharges?\b", r"\bkosten\b", r"비용")),
+    ("a cost", (r"\bcosts?\b", r"\b(?:tot\w*)?cst\b", r"\bcharges?\b", r"\bkosten\b", r"비용")),
     ("a follow-up", (
         r"\bfollow ?up", r"\bfu ?(?:time|days|months|years|status)\b", r"\blost to\b", r"^time$", r"^status$",
         r"\b(?:time|days|months|years) (?:to|until) (?:event|first|last|end|failure)\b", r"nachbeobachtung", r"추적",
     )),
 ))  # fmt: skip
 _LEVEL = re.compile(
-    r"\b(?:dead|died|deceased|death|expired|alive|survived|discharged|verstorben|gestorben|overleden|decede)\b"
-    r"|사망|생존|퇴원"
+    r"\b(?:dead|died|deceased|death|expired|alive|survived|discharged|hospice|follow[- ]?up)\b"
+    r"|\b(?:verstorben|gestorben|overleden|decede)\b|사망|생존|퇴원"
 )
 ASKED = ("a death", "a survival", "an outcome")  # with levels these are outcomes; the rest follows from one
 

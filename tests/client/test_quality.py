@@ -399,6 +399,7 @@ def test_no_feature_of_a_shipped_dictionary_looks_like_an_outcome(name: str):
         ("Décédé", "a death"),
         ("사망일", "a death"),
         ("OS_months", "a survival"),
+        ("surv2m", "a survival"),
         ("Überleben", "a survival"),
         ("vital_status", "a survival"),
         ("Readmission <30 d", "an outcome"),
