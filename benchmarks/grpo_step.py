@@ -32,6 +32,7 @@ from trl.trainer.grpo_config import GRPOConfig  # noqa: E402
 from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402
 from wardround.client.grpo import Engine  # noqa: E402
 from wardround.common.config import LoraConfig, ModelConfig, QuestionsConfig, RunConfig  # noqa: E402
+from wardround.common.lm.lora import prepare_training  # noqa: E402
 from wardround.common.lm.models import LanguageModel, load  # noqa: E402
 from wardround.common.lm.scoring import encode, render  # noqa: E402
 from wardround.common.question import PromptTemplate, Question, load_prompt  # noqa: E402
@@ -125,6 +126,7 @@ def ours(lm: LanguageModel, template: PromptTemplate, asked: list[Question]) -> 
     )
     lm.reset(0)
     timer = StepTimer()
+    prepare_training(lm.model)
     engine = Engine(lm, Four(asked), template, config, seed=0)
     engine.reward_funcs, engine.never_generated = [alternating], sorted(engine.answering.ends)
     engine.add_callback(timer)

@@ -16,8 +16,8 @@ What must last is in the state folder (mode 0700), because a new process may ser
     state/runs/<run id>/report.html      this site's own results and samples (client/local_report.py)
     state/runs/<run id>/adapter/         the final adapter, in peft's format
 
-Everything is read when it is needed and kept no longer than one message: thirty-two simulated sites in one process need
-the memory of one.
+Everything is read when it is needed. From one message to the next a process keeps registries of at most 64 MB, or the
+last one, and the held-out questions, which are the same every round.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from .registry import Registry, read_registry, split_rows
 if TYPE_CHECKING:
     from ..common.lm.models import LanguageModel
 
+_REGISTRY_BYTES = 64 << 20
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -65,6 +66,9 @@ def _config(text: str, digest: str) -> RunConfig:
 # Bounded: simulated sites share one dictionary, schema, manifest and model, however many there are.
 _dictionaries: dict[bytes | str, Dictionary] = {}  # by the file's digest, or a shipped one's name; one at most
 _round_zero: dict[bytes, GlobalModel] = {}  # by the record's checksum; one at most
+_registries: dict[bytes, Registry] = {}  # by `Site.source_digest`; of 64 MB at most, or one
+_splits: dict[bytes, dict[str, np.ndarray]] = {}  # by registry and split key; of the registries above
+_held_out: dict[bytes, list[Question]] = {}  # by all that they follow from; 64 at most
 _verified: dict[str, tuple[GlobalModel, np.ndarray, GlobalModel]] = {}  # by digest: round 0, trainable, model; one
 
 
@@ -116,7 +120,7 @@ class Site:
         private_folder(site.state)
         return site
 
-    @property
+    @cached_property
     def state(self) -> Path:
         return self.folder / self.config.state
 
@@ -151,13 +155,40 @@ class Site:
         return _dictionaries[key]
 
     @cached_property
+    def source_digest(self) -> bytes:
+        """Of everything that the registry follows from: the table's bytes, the dictionary, the mapping.
+
+        Raises:
+            RegistryError: the table cannot be read.
+        """
+        path = self.folder / self.config.table
+        state = hashlib.sha256(self.dictionary.digest().encode())
+        state.update(self.config.mapping.model_dump_json().encode() + path.suffix.encode())
+        try:
+            with path.open("rb") as file:
+                state.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError:
+            read_registry(path, self.dictionary, self.config.mapping)  # says what is wrong
+            raise
+        return state.digest()
+
+    @cached_property
     def registry(self) -> Registry:
-        return read_registry(self.folder / self.config.table, self.dictionary, self.config.mapping)
+        if self.source_digest not in _registries:
+            found = read_registry(self.folder / self.config.table, self.dictionary, self.config.mapping)
+            if sum(known.n_bytes for known in _registries.values()) + found.n_bytes > _REGISTRY_BYTES:
+                _registries.clear()
+                _splits.clear()
+            _registries[self.source_digest] = found
+        return _registries[self.source_digest]
 
     @cached_property
     def splits(self) -> dict[str, np.ndarray]:
         """Row indices of training, validation and test patients."""
-        return split_rows(self.registry, self._split_key())
+        key = self.source_digest + self.split_key()
+        if key not in _splits:
+            _splits[key] = split_rows(self.registry, self.split_key())
+        return _splits[key]
 
     def patients_of(self, split: str) -> list[np.ndarray]:
         """The rows of every patient of a split, in the order of the patients' ids (not of the table)."""
@@ -167,7 +198,8 @@ class Site:
         starts = np.flatnonzero(np.r_[True, ids[order][1:] != ids[order][:-1]]) if len(rows) else []
         return np.split(rows[order], starts[1:]) if len(rows) else []
 
-    def _split_key(self) -> bytes:
+    def split_key(self) -> bytes:
+        """The key by which patients are held out, site.toml's or this site's own; it stays here."""
         if self.config.split_key is not None:
             try:
                 return bytes.fromhex(self.config.split_key)
@@ -262,13 +294,17 @@ class SiteRun:
 
     def held_out(self, split: str, schema: Schema, n: int) -> list[Question]:
         """Up to `n` questions, one a patient, the same whenever asked: they do not depend on the round."""
-        rng = derive_rng(self.config.seed, split, self.site.config.name)
-        patients = self.site.patients_of(split)
-        if not patients:
-            return []
-        rows = np.array([rng.choice(patients[index]) for index in rng.permutation(len(patients))])
-        asked = policy.allowed_targets(self.site.config.policy, schema.names)
-        return self.builder(schema).build(rows, rng, targets=asked)[:n]
+        site, asked = self.site, policy.allowed_targets(self.site.config.policy, schema.names)
+        about = (site.config.name, split, n, self.config.digest(), schema.digest(), self.template.digest(), asked)
+        key = hashlib.sha256(site.source_digest + site.split_key() + json.dumps(about).encode()).digest()
+        if key not in _held_out:
+            rng, patients = derive_rng(self.config.seed, split, site.config.name), site.patients_of(split)
+            rows = [rng.choice(patients[index]) for index in rng.permutation(len(patients))]
+            questions = self.builder(schema).build(np.array(rows), rng, targets=asked)[:n] if rows else []
+            if len(_held_out) >= 64:
+                _held_out.clear()
+            _held_out[key] = questions
+        return _held_out[key]
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,6 +41,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from ..common.config import RunConfig
 from ..common.lm.generation import Answering, Completion, completion_log_probs, draw, rollout
+from ..common.lm.lora import prepare_training
 from ..common.lm.memory import give_back_free_memory, out_of_memory, tokens_per_backward
 from ..common.lm.models import LanguageModel
 from ..common.lm.prefix import SharedPrefix, causal_model, option_log_softmax
@@ -88,6 +89,7 @@ def train_local_round(
     began = time.perf_counter()
     if config.speed.threads:
         torch.set_num_threads(config.speed.threads)
+    prepare_training(lm.model)
     engine = Engine(lm, source, template, config, seed=seed, round_index=round_index, on_step=on_step)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # trl asks for names that transformers has renamed

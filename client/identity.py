@@ -181,6 +181,9 @@ class SiteKeys:
         return members
 
 
+_parsed: dict[bytes, Roster] = {}  # by the file's bytes; one at most: simulated sites share one roster
+
+
 def read_roster(path: Path) -> Roster:
     """A roster's file, its signature checked; whether it is the pinned one is another question.
 
@@ -195,7 +198,11 @@ def read_roster(path: Path) -> Roster:
         raise ConfigError(f"{path}: no such file: the roster that the coordinator sent") from None
     except OSError as error:
         raise ConfigError(f"{path}: roster: cannot be read: {(error.strerror or '').lower()}") from None
-    return Roster.parse(data, str(path))
+    if data not in _parsed:
+        roster = Roster.parse(data, str(path))
+        _parsed.clear()
+        _parsed[data] = roster
+    return _parsed[data]
 
 
 def check_name_on(roster: Roster, own: bytes, name: str) -> None:

@@ -97,6 +97,11 @@ def store(run_folder: Path, round_index: int, purpose: int, payload: Payload) ->
     write_record(path_of(run_folder, round_index, purpose), values, {"ring": payload.ring, "tail": payload.tail})
 
 
+def of_update(stored: update.StoredUpdate) -> Payload:
+    """The payload of a stored update."""
+    return Payload(stored.model_digest, bytes.fromhex(stored.inputs), stored.delta, stored.tail)
+
+
 def load(run_folder: Path, round_index: int, purpose: int) -> Payload | None:
     """The stored payload of a sum, or None.
 
@@ -105,7 +110,7 @@ def load(run_folder: Path, round_index: int, purpose: int) -> Payload | None:
     """
     if purpose == UPDATE:
         stored = update.load(run_folder, round_index)
-        return stored and Payload(stored.model_digest, bytes.fromhex(stored.inputs), stored.delta, stored.tail)
+        return stored and of_update(stored)
     path = path_of(run_folder, round_index, purpose)
     if not path.exists():
         return None

@@ -58,6 +58,11 @@ class Registry:
         """Different patients; fewer than rows where patients have several encounters."""
         return len(set(self.patients.tolist()))
 
+    @property
+    def n_bytes(self) -> int:
+        """Memory it takes, about: a patient's id is a string object."""
+        return sum(column.nbytes for column in self.values.values()) + 64 * len(self)
+
     def take(self, rows: np.ndarray) -> Registry:
         """The same registry with these rows only, in this order."""
         return Registry(

@@ -4,12 +4,13 @@ Run by the site, called by client/site.py (keys) and client/gate.py (the other e
 adverts, sealed shares, masked vectors, signatures, shares, each made by common/secagg/client_state.py. Private: the
 book of open sums, with keys and shares in it. Steps of docs/secure-sums.md §S5–§S9; no torch, no registry.
 
-    state/sums.sealed   the book, AES-256-GCM under the identity's storage key
-    sums.counter        beside site.toml: how often the book was written, and the SHA-256 of what was
+    state/sums-0.sealed, sums-1.sealed   the book, AES-256-GCM under the identity's storage key: in turns the newest one
+    sums.counter                         beside site.toml: how often it was written, and the SHA-256 of what was
 
-The book is written before a reply that depends on it is given. A state folder that was put back from a copy holds an
-older book than the counter says; a site that went on from it would answer twice, so it refuses (`restored`). Whoever
-can put both back is the hospital's own administrator.
+The book is written before a reply that depends on it is given: to the file that does not hold the newest one, then the
+counter, which makes it the newest. A state folder that was put back from a copy holds an older book than the counter
+says; a site that went on from it would answer twice, so it refuses (`restored`). Whoever can put both back is the
+hospital's own administrator.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from numpy.typing import NDArray
 
 from ..common import sums
 from ..common.errors import ProtocolError, SumError, VerificationError
-from ..common.files import private_folder, write_atomic
+from ..common.files import overwrite, private_folder, write_atomic
 from ..common.identity import Identity
 from ..common.messages import (
     MaskedReply,
@@ -173,9 +174,8 @@ class Sharing:
         known, others = book.given.get(content, []), self.site.config.policy.repeat_with_others
         return [giving for giving in known if not others or giving.sum == about]
 
-    @property
-    def _book_path(self) -> Path:
-        return self.site.state / "sums.sealed"
+    def _book_path(self, writes: int) -> Path:
+        return self.site.state / f"sums-{writes % 2}.sealed"
 
     @property
     def _counter_path(self) -> Path:
@@ -194,8 +194,8 @@ class Sharing:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             writes, sealed = self._read()
-            book = Book() if sealed is None else Book.from_json(self._open(sealed))
-            before = book.to_json()
+            before = Book().to_json() if sealed is None else self._open(sealed)
+            book = Book.from_json(before)
             yield book
             after = book.to_json()
             if after != before:
@@ -205,10 +205,9 @@ class Sharing:
 
     def _read(self) -> tuple[int, bytes | None]:
         """How often the book was written, and the book; None before the first time."""
-        pending = self._book_path.with_suffix(".next")
-        sealed = self._book_path.read_bytes() if self._book_path.exists() else None
         if not self._counter_path.exists():
-            if sealed is None:
+            # The first book is in file 1; a kill before the counter was made leaves it, with nothing answered from it.
+            if not self._book_path(0).exists():
                 return 0, None
             raise self._restored("the counter is missing")
         try:
@@ -216,27 +215,27 @@ class Sharing:
             writes, wanted = int(counter["writes"]), str(counter["sha256"])
         except (ValueError, KeyError, TypeError):
             raise self._restored("the counter is damaged") from None
-        if sealed is not None and hashlib.sha256(sealed).hexdigest() == wanted:
-            return writes, sealed
-        # A kill between counter and book: what the counter names is still beside it.
-        if pending.exists() and hashlib.sha256(left := pending.read_bytes()).hexdigest() == wanted:
-            pending.replace(self._book_path)
-            return writes, left
-        raise self._restored("the book is not the one last written")
+        path = self._book_path(writes)
+        sealed = path.read_bytes() if path.exists() else b""
+        if hashlib.sha256(sealed).hexdigest() != wanted:
+            raise self._restored("the book is not the one last written")
+        return writes, sealed
 
     def _restored(self, what: str) -> SumError:
         return SumError(
             "restored",
-            f"{self._counter_path} and {self._book_path}: {what}; a state folder put back from a copy could answer "
-            "twice. If no run is under way, remove both files; rounds that were begun are lost to this site",
+            f"{self._counter_path} and {self._book_path(0)}: {what}; a state folder put back from a copy could answer "
+            f"twice. If no run is under way, remove both and {self._book_path(1).name}; rounds that were begun are "
+            "lost to this site",
         )
 
     def _write(self, writes: int, sealed: bytes) -> None:
-        pending = self._book_path.with_suffix(".next")
-        write_atomic(pending, sealed)
+        overwrite(self._book_path(writes), sealed)
         counter = {"writes": writes, "sha256": hashlib.sha256(sealed).hexdigest()}
         write_atomic(self._counter_path, json.dumps(counter).encode() + b"\n")
-        pending.replace(self._book_path)
+        # What this site forgot must not lie on in the book before. Emptied, not removed: no folder to sync next time.
+        if (before := self._book_path(writes + 1)).exists():
+            os.truncate(before, 0)
 
     def _seal(self, text: str) -> bytes:
         nonce = secrets.token_bytes(_NONCE_BYTES)
@@ -250,7 +249,7 @@ class Sharing:
                 return AESGCM(identity.storage_key()).decrypt(nonce, rest, _DATA).decode()
             except InvalidTag:
                 continue
-        raise VerificationError(f"{self._book_path}: not encrypted by this site's identity")
+        raise VerificationError(f"{self.site.state}: the book of sums is not encrypted by this site's identity")
 
 
 def offer(run: SiteRun, purpose: int, attempt: int, given: payload.Payload) -> Bytes:
@@ -318,10 +317,10 @@ def mask(site: Site, instruction: MaskInstruction) -> MaskedReply:
 def survivors(site: Site, instruction: SurvivorsInstruction) -> SurvivorsReply:
     """Exchange 4: agrees to who is in the sum, and remembers with whom this payload was added up."""
     run, here = SiteRun(site, instruction), Sharing.open(site)
-    given = payload.require(run.folder, instruction.round_index, instruction.purpose)
     with _sum(here, instruction) as (book, key, state):
-        content = given.content_digest(instruction.purpose)
-        _same(state, given, content)
+        content = state.content.hex()  # of what was masked, which is all that can be in the sum
+        if not content:
+            raise SumError("out-of-turn", "survivors: this site gave no masked vector")
         after, signature = client_state.sign(
             state,
             here.members,

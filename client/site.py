@@ -125,8 +125,8 @@ def train(site: Site, instruction: TrainInstruction) -> KeysReply:
         update.store(run.folder, instruction.round_index, stored)
     elif stored.input_digest != wanted:
         raise RefusedError(f"round {instruction.round_index}: already trained from another model, config or schema")
-    given = payload.require(run.folder, instruction.round_index, UPDATE)
-    return KeysReply(**run.head, advert=sharing.offer(run, UPDATE, instruction.attempt, given))
+    advert = sharing.offer(run, UPDATE, instruction.attempt, payload.of_update(stored))
+    return KeysReply(**run.head, advert=advert)
 
 
 def _train(run: SiteRun, instruction: TrainInstruction, input_digest: str) -> update.StoredUpdate:
@@ -242,7 +242,9 @@ def _evaluate(run: SiteRun, instruction: EvaluateInstruction) -> tuple[Tally, st
         outcomes["base"] = evaluate_questions(lm, questions, run.template, run.config)
     outcomes["warmup"] = evaluate_questions(lm, questions, run.template, run.config)
     lm.set_vector(final.full, trainable_only=False)
-    outcomes["final"] = evaluate_questions(lm, questions, run.template, run.config)
+    # Where no round was better than the warm-up, they are one model.
+    same = instruction.model_digest == instruction.warmup_digest
+    outcomes["final"] = outcomes["warmup"] if same else evaluate_questions(lm, questions, run.template, run.config)
     tally, samples = Tally.of(questions, outcomes, schema.names), _samples(run, lm, questions, outcomes)
     local_report.write(
         run.folder / "report.html",

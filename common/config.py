@@ -430,9 +430,21 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return parse(RunConfig, apply_overrides(read_toml(path), overrides), str(path))
 
 
+_sites: dict[tuple[str, bytes], SiteConfig] = {}  # by path and content: a round opens it ten times
+
+
 def load_site(path: Path) -> SiteConfig:
     """A hospital's site.toml."""
-    return parse(SiteConfig, read_toml(path), str(path))
+    try:
+        key = str(path), path.read_bytes()
+    except OSError:
+        return parse(SiteConfig, read_toml(path), str(path))  # which says what is wrong
+    if key not in _sites:
+        config = parse(SiteConfig, read_toml(path), str(path))
+        if len(_sites) >= 64:
+            _sites.clear()
+        _sites[key] = config
+    return _sites[key]
 
 
 def without_none(value: Any) -> Any:

@@ -77,9 +77,21 @@ def write_atomic(path: Path, *parts: bytes | memoryview, mode: int = 0o600) -> N
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
+
+
+def overwrite(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Writes a file in place and fsyncs it: a kill may leave half of it, so something else must say that it counts."""
+    new = not path.exists()
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    if new:
+        sync_folder(path.parent)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class Member:
         """Whether it may take part."""
         return self.status == ACTIVE
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """As people compare it."""
         return fingerprint(self.id)
@@ -88,6 +88,7 @@ class Roster:
     coordinator: bytes
     members: tuple[Member, ...]
     signature: bytes = field(default=bytes(SIGNATURE_BYTES))
+    _verified: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 1 <= self.serial <= MAX_SERIAL:
@@ -173,7 +174,9 @@ class Roster:
         Raises:
             VerificationError: it is wrong.
         """
-        verify(self.coordinator, USE_ROSTER, self.canonical(), self.signature, f"roster {self.serial}")
+        if not self._verified:
+            verify(self.coordinator, USE_ROSTER, self.canonical(), self.signature, f"roster {self.serial}")
+            object.__setattr__(self, "_verified", True)
 
     def to_json(self) -> str:
         """The file."""

@@ -26,6 +26,7 @@ from ..question import LETTERS, PromptTemplate, parse_answer
 from .lora import merged
 from .models import LanguageModel
 from .prefix import SharedPrefix, option_log_softmax, token_log_probs
+from .products import Product, prepared
 from .scoring import option_token_ids
 
 _DRAW_BLOCK = 256  # tokens whose probabilities are added up together when one is drawn
@@ -152,7 +153,7 @@ def rollout(
     """
     if not prompts:
         return []
-    with merged(lm.model) if max_tokens >= _MERGE_FROM else nullcontext():
+    with merged(lm.model, len(prompts) * group_size) if max_tokens >= _MERGE_FROM else nullcontext():
         return _rollout(lm, answering, prompts, n_options, group_size, max_tokens, temperature, uniform, suppress)
 
 
@@ -170,7 +171,9 @@ def _rollout(
     prefix = SharedPrefix(lm, prompts, group_size)
     completions = [Completion() for _ in range(len(prompts) * group_size)]
     open_rows = list(range(len(completions)))
-    head = prefix.base.get_output_embeddings()
+    head: Product = prefix.base.get_output_embeddings()
+    if max_tokens >= _MERGE_FROM:
+        head = prepared(prefix.base.get_output_embeddings().weight, rows=len(completions))
     hidden = prefix.last_hidden.repeat_interleave(group_size, 0)
     for step in range(max_tokens):
         logits = head(hidden).float().div_(temperature)

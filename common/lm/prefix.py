@@ -78,11 +78,13 @@ class SharedPrefix:
         """Hidden states of whole completions, nothing kept.
 
         Args:
-            ids: int64 (R, T), padded on the right with any token.
+            ids: int64 (R, T), padded on the right with any token; R a multiple of P, and of another group size the next
+                time if need be.
 
         Returns:
             Hidden states, shape (R, T, width): those at column t predict token t + 1.
         """
+        self.group_size = len(ids) // self.n_prompts
         offsets = torch.arange(ids.shape[1], device=ids.device)
         self._mask = _causal(ids.shape[1], 0, ids.device) if ids.shape[1] > 1 else None
         return self._forward(ids, self.positions(offsets[None]))

@@ -10,6 +10,8 @@ answer (`prompt.forced`, ending in `\\boxed{`). One forward pass a question, bat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,11 @@ import torch
 
 from ..errors import ModelError
 from ..question import LETTERS, PromptTemplate, Question, chat, prefill
+from .lora import merged
 from .models import LanguageModel
-from .prefix import causal_model, option_log_softmax
+from .prefix import SharedPrefix, causal_model, option_log_softmax
+
+_MERGE_FROM = 8  # prompts from which merging the adapter pays: it takes as long as a prompt or two
 
 
 def render(lm: LanguageModel, template: PromptTemplate, question: Question, reasoning: bool) -> str:
@@ -85,10 +90,27 @@ def hidden_states(lm: LanguageModel, batch: Sequence[Sequence[int]]) -> torch.Te
     Padded on the right: a causal model's real tokens never see what comes after them, so no attention mask is needed
     and the fast attention path stays. The vocabulary head does not run.
     """
+    return causal_model(lm).base_model(input_ids=_padded(lm, batch), use_cache=False).last_hidden_state
+
+
+def _shared_beginning(lm: LanguageModel, prompts: Sequence[Sequence[int]]) -> Callable[..., torch.Tensor]:
+    """As `hidden_states`, of the tokens after those that all prompts begin with, which go through the model once.
+
+    On a CPU, where a sixth fewer tokens is a sixth less time; a GPU keeps its fused attention.
+    """
+    shortest, first = min(map(len, prompts)), prompts[0]
+    shared = next((i for i in range(shortest - 1) if any(ids[i] != first[i] for ids in prompts)), shortest - 1)
+    if lm.device.type != "cpu" or shared < 1:
+        return partial(hidden_states, lm)
+    prefix = SharedPrefix(lm, [first[:shared]], 1)
+    return lambda batch: prefix.score(_padded(lm, [ids[shared:] for ids in batch]))
+
+
+def _padded(lm: LanguageModel, batch: Sequence[Sequence[int]]) -> torch.Tensor:
     padded = torch.full((len(batch), max(len(ids) for ids in batch)), lm.tokenizer.pad_token_id, dtype=torch.long)
     for row, ids in enumerate(batch):
         padded[row, : len(ids)] = torch.tensor(ids)
-    return causal_model(lm).base_model(input_ids=padded.to(lm.device), use_cache=False).last_hidden_state
+    return padded.to(lm.device)
 
 
 @torch.inference_mode()
@@ -136,12 +158,17 @@ def log_probs_after(
     widest = max(n_options)
     letters = torch.tensor(option_token_ids(lm.tokenizer, context_text, widest), device=lm.device)
     result = np.full((len(prompts), widest), -np.inf, np.float32)
-    for batch in batches_by_length([len(ids) for ids in prompts], micro_batch):
-        ends = torch.tensor([len(prompts[index]) - 1 for index in batch], device=lm.device)
-        states = hidden_states(lm, [prompts[index] for index in batch])
-        hidden = states[torch.arange(len(batch), device=lm.device), ends]
-        own = torch.tensor([n_options[index] for index in batch], device=lm.device)
-        result[batch] = option_log_softmax(causal_model(lm), hidden, letters, own, 1.0).cpu().numpy()
-        if on_done is not None:
-            on_done(len(batch))
+    many = len(prompts) >= _MERGE_FROM
+    with merged(lm.model, micro_batch * len(prompts[0])) if many else nullcontext():
+        states_of = _shared_beginning(lm, prompts) if many else partial(hidden_states, lm)
+        for batch in batches_by_length([len(ids) for ids in prompts], micro_batch):
+            states = states_of([prompts[index] for index in batch])
+            ends = torch.tensor([len(prompts[index]) for index in batch], device=lm.device)
+            # Where the beginning was left out, states are those of the last tokens all the same.
+            ends -= max(len(prompts[index]) for index in batch) - states.shape[1] + 1
+            hidden = states[torch.arange(len(batch), device=lm.device), ends]
+            own = torch.tensor([n_options[index] for index in batch], device=lm.device)
+            result[batch] = option_log_softmax(causal_model(lm), hidden, letters, own, 1.0).cpu().numpy()
+            if on_done is not None:
+                on_done(len(batch))
     return result

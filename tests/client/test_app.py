@@ -369,7 +369,7 @@ def test_exchanges_of_a_sum_that_was_not_begun_are_out_of_turn(folder: Path, run
     codes = [ask(folder, instruction) for instruction in (shares, *later)]
     # A site that has nothing to add says that first.
     assert [reply.code for reply in codes if isinstance(reply, Failure)] == [
-        "out-of-turn", "protocol", "protocol", "out-of-turn",
+        "out-of-turn", "protocol", "out-of-turn", "out-of-turn",
     ]  # fmt: skip
     ask(folder, count(folder, run, round_zero.digest))
     codes = [ask(folder, instruction) for instruction in (*later, shares)]

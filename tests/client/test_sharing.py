@@ -54,7 +54,8 @@ COORDINATOR = Identity.from_seed(b"k" * 32)
 SECRET = b"open sesame, twice"
 COUNT_INPUTS = sums.input_digest("33" * 32)
 D = 9
-FILES = ("state/sums.sealed", "sums.counter")
+BOOKS = ("state/sums-0.sealed", "state/sums-1.sealed")
+FILES = (*BOOKS, "sums.counter")
 
 
 @pytest.fixture(autouse=True)
@@ -502,11 +503,20 @@ def test_another_payload_under_the_same_masks_is_refused(houses: list[House]):
     folder, asked = house.open().run_folder(RUN_ID), made.asked_masked(house)
     payload.store(folder, 0, COUNTS, payload.Payload(MODEL, COUNT_INPUTS, house.counts + np.uint32(1), house.tail))
     refused("other-sum", house, lambda: house.masked(*asked))
-    refused("other-sum", house, lambda: house.survivors(made.about, b"\x1f"))
     payload.store(folder, 0, COUNTS, payload.Payload(OTHER_MODEL, COUNT_INPUTS, house.counts, house.tail))
     refused("other-sum", house, lambda: house.masked(*asked))
     house.store(About())
     assert house.masked(*asked).tobytes() == first.tobytes()
+
+
+def test_survivors_are_signed_for_what_was_masked_whatever_lies_on_disk_now(houses: list[House]):
+    house, made = houses[0], Coordinator(houses)
+    made.run(3)
+    masked = payload.require(house.open().run_folder(RUN_ID), 0, COUNTS).content_digest(COUNTS)
+    other = payload.Payload(MODEL, COUNT_INPUTS, house.counts + np.uint32(1), house.tail)
+    payload.store(house.open().run_folder(RUN_ID), 0, COUNTS, other)
+    house.survivors(made.about, made.said["survivors"])
+    assert [content for content, givings in house.book().given.items() if givings[0].survivors] == [masked]
 
 
 def test_rounds_only_go_forward(houses: list[House]):
@@ -640,6 +650,11 @@ def test_a_state_folder_restored_from_a_copy_is_refused(houses: list[House], tmp
         refused("restored", house, ask)
 
 
+def newest_book(folder: Path) -> Path:
+    writes = json.loads((folder / "sums.counter").read_bytes())["writes"]
+    return folder / BOOKS[writes % 2]
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -648,8 +663,8 @@ def test_a_state_folder_restored_from_a_copy_is_refused(houses: list[House], tmp
         lambda folder: (folder / "sums.counter").write_bytes(b"[]"),
         lambda folder: (folder / "sums.counter").write_bytes(b"\xff"),
         lambda folder: (folder / "sums.counter").write_bytes(b'{"writes": null, "sha256": 5}'),
-        lambda folder: (folder / "state" / "sums.sealed").unlink(),
-        lambda folder: (folder / "state" / "sums.sealed").write_bytes(b""),
+        lambda folder: newest_book(folder).unlink(),
+        lambda folder: newest_book(folder).write_bytes(b""),
     ],
 )
 def test_a_book_or_counter_that_is_missing_or_damaged_is_refused(houses: list[House], damage: Callable[[Path], object]):
@@ -660,36 +675,34 @@ def test_a_book_or_counter_that_is_missing_or_damaged_is_refused(houses: list[Ho
     refused("restored", house, lambda: house.keys(About(OTHER_RUN_ID)))
 
 
-def before_rename(house: House, ask: Callable[[], Any]) -> Any:
-    """The reply of a process that is killed between counter and book, which never left."""
-    book, pending = house.folder / "state" / "sums.sealed", house.folder / "state" / "sums.next"
-    before = book.read_bytes() if book.exists() else None
+def before_reply(house: House, ask: Callable[[], Any]) -> Any:
+    """The reply of a process that is killed after the counter was written: it never left, and the old book is there."""
+    older = newest_book(house.folder).read_bytes() if (house.folder / "sums.counter").exists() else b""
     reply = ask()
-    book.rename(pending)
-    if before is not None:
-        book.write_bytes(before)
+    (other,) = {house.folder / name for name in BOOKS} - {newest_book(house.folder)}
+    other.write_bytes(older)
     return reply
 
 
-def test_a_crash_between_counter_and_book_is_finished(houses: list[House]):
+def test_a_crash_between_counter_and_reply_gives_the_same_reply_again(houses: list[House]):
     house, made = houses[0], Coordinator(houses)
-    advert = before_rename(house, lambda: house.keys(made.about))
+    advert = before_reply(house, lambda: house.keys(made.about))
     assert house.keys(made.about) == advert
     made.keys()
-    sealed = before_rename(house, lambda: house.shares(made.about, 4, made.said["key_list"]))
+    sealed = before_reply(house, lambda: house.shares(made.about, 4, made.said["key_list"]))
     with pytest.raises(SumError, match="out-of-turn"):
         house.shares(made.about, 5, made.said["key_list"])
     assert house.shares(made.about, 4, made.said["key_list"]) == sealed
     made.shares()
-    vector = before_rename(house, lambda: house.masked(*made.asked_masked(house)))
+    vector = before_reply(house, lambda: house.masked(*made.asked_masked(house)))
     assert house.masked(*made.asked_masked(house)).tobytes() == vector.tobytes()
     made.masked()
-    signature = before_rename(house, lambda: house.survivors(made.about, made.said["survivors"]))
+    signature = before_reply(house, lambda: house.survivors(made.about, made.said["survivors"]))
     with pytest.raises(SumError, match="survivors"):
         house.survivors(made.about, bitmap(range(4), 5))
     assert house.survivors(made.about, made.said["survivors"]) == signature
     made.consistency()
-    answer = before_rename(house, lambda: house.unmask(made.about, made.said["signers"], made.said["signatures"]))
+    answer = before_reply(house, lambda: house.unmask(made.about, made.said["signers"], made.said["signatures"]))
     assert house.unmask(made.about, made.said["signers"], made.said["signatures"]) == answer
     assert made.unmask() == plain_sum(houses)
 
@@ -698,19 +711,18 @@ def test_a_crash_before_the_counter_changed_nothing(houses: list[House], monkeyp
     """The reply never left, so another instruction may follow."""
     house, made = houses[0], Coordinator(houses)
     made.run(3)
-    before, written = house.files(), []
+    newest = newest_book(house.folder)
+    before = newest.read_bytes(), (house.folder / "sums.counter").read_bytes()
 
     def killed(path: Path, *parts: bytes) -> None:
-        if path.name == "sums.counter":
-            raise KeyboardInterrupt
-        written.append(path.name)
-        path.write_bytes(b"".join(parts))
+        assert path.name == "sums.counter"
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(sharing, "write_atomic", killed)
         with pytest.raises(KeyboardInterrupt):
             house.survivors(made.about, made.said["survivors"])
-    assert written == ["sums.next"] and house.files() == before
+    assert (newest.read_bytes(), (house.folder / "sums.counter").read_bytes()) == before
     assert house.survivors(made.about, bitmap(range(4), 5))
 
 
@@ -782,22 +794,23 @@ def test_no_key_share_or_payload_lies_in_the_clear_and_modes_are_the_owners(hous
             if not name.startswith("state/runs/"):  # payloads lie there, mode 0700
                 assert house.counts.tobytes() not in data
     assert len(private) > 20
-    for name in ("sums.sealed", "sums.lock"):
-        assert (house.folder / "state" / name).stat().st_mode & 0o077 == 0
+    for name in (*BOOKS, "state/sums.lock"):
+        assert (house.folder / name).stat().st_mode & 0o077 == 0
     assert (house.folder / "state").stat().st_mode & 0o077 == 0
     assert (house.folder / "sums.counter").stat().st_mode & 0o077 == 0
     made.unmask()
     (state,) = [state for sums_ in house.book().sums.values() for _, state in sums_.values()]
     assert secrets_of(state) == [] and state.secrets is None  # forgotten
+    assert sorted((house.folder / name).stat().st_size > 0 for name in BOOKS) == [False, True]  # and no older book left
 
 
 def test_every_write_has_its_own_nonce_and_a_changed_byte_is_found(houses: list[House]):
     house, seen = houses[0], set()
     for attempt in range(1, 6):
         house.keys(About(attempt=attempt))
-        seen.add((house.folder / "state" / "sums.sealed").read_bytes()[:12])
+        seen.add(newest_book(house.folder).read_bytes()[:12])
     assert len(seen) == 5
-    here, path = Sharing.open(house.open()), house.folder / "state" / "sums.sealed"
+    here, path = Sharing.open(house.open()), newest_book(house.folder)
     sealed = path.read_bytes()
     for at in (0, 11, 12, len(sealed) - 1):
         bent = sealed[:at] + bytes([sealed[at] ^ 1]) + sealed[at + 1 :]

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 from wardround.common.config import LoraConfig, ModelConfig
+from wardround.common.lm import lora as lora_module
 from wardround.common.lm import models
-from wardround.common.lm.lora import fuse, merged
+from wardround.common.lm.lora import fuse, merged, prepare_training
 
 from tests.tiny import tiny_phi
 
@@ -130,3 +131,30 @@ def test_nothing_is_merged_in_bfloat16(tiny_model_path: Path) -> None:
         before = lm.model(input_ids=IDS).logits
         with merged(lm.model):
             assert torch.equal(lm.model(input_ids=IDS).logits, before)
+
+
+def test_training_with_prepared_weights_gives_the_same_loss_and_gradients(tiny_model_path: Path) -> None:
+    results = []
+    for prepare in (False, True):
+        lm = adapted(tiny_model_path)
+        if prepare:
+            prepare_training(lm.model)
+        loss = lm.model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in lm.model.parameters() if p.grad is not None)])
+    plain, quicker = results
+    assert len(plain) == len(quicker) > 1
+    for a, b in zip(plain, quicker, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_only_float32_weights_on_a_cpu_and_small_models_are_prepared(
+    tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = adapted(tiny_model_path, dtype="bfloat16")
+    prepare_training(half.model)
+    whole = adapted(tiny_model_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(lora_module, "_PREPARED_BYTES", 1)
+        prepare_training(whole.model)
+    assert not any(layer in lora_module._PREPARED for lm in (half, whole) for layer in lm.model.modules())

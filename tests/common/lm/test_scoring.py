@@ -8,7 +8,7 @@ import torch
 from wardround.common.config import LoraConfig, ModelConfig
 from wardround.common.errors import ModelError
 from wardround.common.lm.models import LanguageModel, load
-from wardround.common.lm.scoring import encode, option_log_probs, option_token_ids, render
+from wardround.common.lm.scoring import encode, log_probs_after, option_log_probs, option_token_ids, render
 from wardround.common.question import LETTERS, Question, load_prompt
 
 from ...tiny import tiny_tokenizer
@@ -51,6 +51,26 @@ def test_batches_give_what_single_full_forwards_give(lm: LanguageModel, micro_ba
             expected = torch.log_softmax(lm.model(input_ids=ids).logits[0, -1, letters], 0).numpy()
         assert np.abs(row[:n] - expected).max() <= 1e-4
         assert np.all(row[n:] == -np.inf)
+
+
+@pytest.mark.parametrize("alike", ["nothing", "beginning", "one holds another", "all"])
+def test_a_beginning_that_prompts_share_changes_no_score(lm: LanguageModel, alike: str) -> None:
+    rng = np.random.default_rng(3)
+    first = [int(token) for token in rng.integers(5, 200, 14)]
+    prompts = [
+        {
+            "nothing": [10 + row, *rng.integers(5, 200, 4 + row)],
+            "beginning": [*first, 10 + row, *rng.integers(5, 200, row)],
+            "one holds another": [*first, *first][: 14 + row],
+            "all": first,
+        }[alike]
+        for row in range(9)
+    ]
+    prompts = [list(map(int, ids)) for ids in prompts]
+    text = render(lm, TEMPLATE, questions(1)[0], reasoning=False)
+    together = log_probs_after(lm, prompts, [5] * 9, text, micro_batch=4)
+    alone = [log_probs_after(lm, [ids], [5], text, micro_batch=1)[0] for ids in prompts]  # too few to share anything
+    np.testing.assert_allclose(together, alone, atol=2e-5)
 
 
 def test_scores_differ_between_questions_and_from_the_base_model(lm: LanguageModel) -> None:
