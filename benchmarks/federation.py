@@ -35,6 +35,7 @@ def settings(model: Path, sites: int) -> dict[str, Any]:
     """The run: the same work at every site, however many there are."""
     return {
         "name": "benchmark",
+        "privacy": {"enabled": False},
         "seed": 5,
         "model": {"id": str(model), "device": "cpu", "prompt": "en_short"},
         "warmup": {"enabled": False},

@@ -120,6 +120,7 @@ def ours(lm: LanguageModel, template: PromptTemplate, asked: list[Question]) -> 
     config = RunConfig.model_validate(
         {
             "name": "benchmark",
+            "privacy": {"enabled": False},
             "questions": {"reasoning_tokens": TOKENS},
             "grpo": {"local_steps": 1, "patients_per_step": QUESTIONS, "group_size": GROUP},
         }

@@ -45,6 +45,7 @@ def settings(model: Path, rank: int) -> dict[str, Any]:
     """The run: one short round."""
     return {
         "name": "benchmark",
+        "privacy": {"enabled": False},
         "seed": 5,
         "model": {"id": str(model), "device": "cpu", "prompt": "en_short"},
         "warmup": {"enabled": False},

@@ -189,6 +189,42 @@ class EvaluationConfig(Frozen):
     sample_tokens: Annotated[int, Field(ge=0)] = 48  # of a sample's text where answers are scored without text
 
 
+class PrivacyConfig(Frozen):
+    """Patient-level differential privacy (docs/privacy.md). What costs or promises privacy has no default.
+
+    One training step at a site is one Poisson draw of its patients at rate q = `grpo.patients_per_step` /
+    `declared_patients`, gradients of single patients clipped to `max_grad_norm` and Gaussian noise of standard
+    deviation `noise_multiplier` · `max_grad_norm` on their sum. ε holds for every site by itself, for the whole run.
+    """
+
+    enabled: bool
+    epsilon: Annotated[float, Field(gt=0)] | None = None
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = None  # C
+    declared_patients: Annotated[int, Field(ge=10)] | None = None  # N̂ of a site; never the live count
+    noise_multiplier: Annotated[float, Field(gt=0)] | None = None  # σ; None: the smallest that keeps to epsilon
+    # Of the counts behind the question schema and of test results: their noise over their L2 sensitivity. Fixed, so
+    # that what is left of epsilon decides σ.
+    schema_noise_multiplier: Annotated[float, Field(gt=0)] = 4.0
+    metrics_noise_multiplier: Annotated[float, Field(gt=0)] = 4.0
+
+    @model_validator(mode="after")
+    def all_or_nothing(self) -> Self:
+        needed = ("epsilon", "delta", "max_grad_norm", "declared_patients")
+        missing = [name for name in needed if getattr(self, name) is None]
+        if self.enabled and missing:
+            raise ValueError(f"enabled = true needs {', '.join(missing)}: none of them has a default")
+        if self.enabled and self.delta * self.declared_patients * 10 > 1:  # type: ignore[operator]
+            raise ValueError(
+                f"delta = {self.delta}: expected at most 1 / (10 · declared_patients) = "
+                f"{1 / (10 * self.declared_patients):.3g}"  # type: ignore[operator]
+            )
+        return self
+
+
+NO_PRIVACY = PrivacyConfig(enabled=False)
+
+
 class SimulationConfig(Frozen):
     """Only for `wardround simulate`: which registry, how it is divided into sites."""
 
@@ -229,8 +265,32 @@ class RunConfig(Frozen):
     grpo: GrpoConfig = GrpoConfig()
     federation: FederationConfig = FederationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    privacy: PrivacyConfig
     simulation: SimulationConfig = SimulationConfig()
     speed: Speed = Speed()
+
+    @model_validator(mode="after")
+    def private_runs_couple_no_patients(self) -> Self:
+        """DESIGN.md §4's allow-list: whatever lets one patient's data change another's gradient, or leaves unnoised."""
+        if not self.privacy.enabled:
+            return self
+        grpo, federation = self.grpo, self.federation
+        for setting, value, allowed, why in (
+            ("grpo.loss_type", grpo.loss_type, ("dr_grpo", "grpo"), "it divides by the tokens of all patients drawn"),
+            ("federation.weighting", federation.weighting, ("uniform",), "a weight is a count of patients"),
+            (
+                "federation.validation_questions_per_site",
+                federation.validation_questions_per_site,
+                (0,),
+                "the validation gate would steer the run by patients without noise",
+            ),
+        ):
+            if value not in allowed:
+                expected = " or ".join(map(repr, allowed))
+                raise ValueError(f"privacy.enabled = true: {setting}: expected {expected}, got {value!r}: {why}")
+        if grpo.patients_per_step > self.privacy.declared_patients:  # type: ignore[operator]
+            raise ValueError("privacy.declared_patients: fewer than grpo.patients_per_step")
+        return self
 
     @model_validator(mode="after")
     def exact_expectation_is_answer_only(self) -> Self:
@@ -251,7 +311,8 @@ class RunConfig(Frozen):
         """The local learning rate of a round, from 1.
 
         >>> run = RunConfig.model_validate(
-        ...     {"name": "r", "grpo": {"learning_rate": 0.1, "final_rate_share": 0.2}, "federation": {"rounds": 5}})
+        ...     {"name": "r", "grpo": {"learning_rate": 0.1, "final_rate_share": 0.2}, "federation": {"rounds": 5},
+        ...      "privacy": {"enabled": False}})
         >>> [round(run.learning_rate_of(index), 3) for index in (1, 3, 5)]
         [0.1, 0.06, 0.02]
         """

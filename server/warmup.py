@@ -30,7 +30,7 @@ from safetensors.numpy import save_file
 from torch.nn.functional import log_softmax
 
 from ..common.adapter import Float32Array, Manifest, flatten, unflatten, vector_digest
-from ..common.config import LoraConfig, RunConfig, WarmupConfig, load_run, packaged
+from ..common.config import NO_PRIVACY, LoraConfig, RunConfig, WarmupConfig, load_run, packaged
 from ..common.errors import ConfigError, ModelError, VerificationError
 from ..common.lm.answers import answer_questions
 from ..common.lm.models import LanguageModel, cache_folder, read_tensors, verify_adapter
@@ -281,7 +281,7 @@ def _command(config: RunConfig) -> str:
     try:
         named = load_run(Path(config.name))
     except ConfigError:
-        named = RunConfig(name=config.name)
+        named = RunConfig(name=config.name, privacy=NO_PRIVACY)
     changed: list[str] = []
     for section in ("model", "lora", "questions", "warmup"):
         before, now = (one.model_dump(mode="json")[section] for one in (named, config))

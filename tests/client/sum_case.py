@@ -46,7 +46,7 @@ ROUND = 1
 
 
 def config(**federation: Any) -> RunConfig:
-    return RunConfig.model_validate({"name": "t", "federation": federation})
+    return RunConfig.model_validate({"name": "t", "privacy": {"enabled": False}, "federation": federation})
 
 
 def write_three(folder: Path, run: RunConfig) -> dict[str, Path]:

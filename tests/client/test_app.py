@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 from flwr.app import Context, Message, RecordDict
 from wardround.client import gate, payload, sharing, update
+from wardround.client import identity as client_identity
 from wardround.client.app import app, pack, unpack
 from wardround.client.folder import Site
 from wardround.client.registry import to_registry, write_registry
@@ -60,7 +61,11 @@ SECRET = "patient 4711"
 @pytest.fixture(scope="module")
 def run(tiny_model_path: Path) -> RunConfig:
     return RunConfig.model_validate(
-        {"name": "t", "model": {"id": str(tiny_model_path), "device": "cpu", "prompt": "en_short"}}
+        {
+            "name": "t",
+            "privacy": {"enabled": False},
+            "model": {"id": str(tiny_model_path), "device": "cpu", "prompt": "en_short"},
+        }
     )
 
 
@@ -321,7 +326,7 @@ def test_a_site_whose_identity_or_roster_is_not_usable_gives_no_keys(
     text, n = re.subn(pattern, new, path.read_text())
     assert n == 1
     path.write_text(text)
-    sharing._identities.clear()
+    client_identity._loaded.clear()
     reply = ask(folder, count(folder, run, round_zero.digest))
     assert isinstance(reply, Failure) and reply.code == code
 
@@ -401,7 +406,10 @@ def test_a_run_id_that_could_be_a_path_is_refused(folder: Path, run: RunConfig, 
         ({"config_digest": "0" * 64}, "verification"),
         ({"config": "{}"}, "config"),
         ({"config": "{"}, "protocol"),
-        ({"config": '{"name": "t", "federation": {"secure_aggregation": "off"}}'}, "config"),
+        (
+            {"config": '{"name": "t", "privacy": {"enabled": false}, "federation": {"secure_aggregation": "off"}}'},
+            "config",
+        ),
         ({"round_index": 3}, "refused"),
     ],
 )

@@ -21,6 +21,7 @@ def config(reasoning_tokens: int) -> RunConfig:
     return RunConfig.model_validate(
         {
             "name": "t",
+            "privacy": {"enabled": False},
             "questions": {"reasoning_tokens": reasoning_tokens},
             "grpo": {"expectation": "sampled"},
             "speed": {"micro_batch": 3},

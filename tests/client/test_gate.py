@@ -9,7 +9,7 @@ import pytest
 from wardround.client import gate
 from wardround.client.folder import Site
 from wardround.client.registry import to_registry
-from wardround.common.config import RunConfig
+from wardround.common.config import NO_PRIVACY, RunConfig
 from wardround.common.counts import count
 from wardround.common.errors import SumError
 from wardround.common.messages import Failure, KeysReply, Reply, SchemaInstruction, SchemaReply, join, split
@@ -19,7 +19,7 @@ from wardround.simulations.synthetic_registry import make
 
 pytestmark = pytest.mark.usefixtures("cheap_scrypt")
 
-RUN = RunConfig(name="t")
+RUN = RunConfig(name="t", privacy=NO_PRIVACY)
 TABLE, DICTIONARY = make(120, seed=2)
 REGISTRY = to_registry("synthetic", pa.Table.from_pandas(TABLE, preserve_index=False), DICTIONARY)
 SCHEMA = derive_schema(count(REGISTRY.values, DICTIONARY), DICTIONARY, RUN.questions).to_json()

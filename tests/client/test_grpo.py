@@ -42,6 +42,7 @@ def configured(reasoning: int = TOKENS, strategy: str = "ffa", speed: dict | Non
     return RunConfig.model_validate(
         {
             "name": "test",
+            "privacy": {"enabled": False},
             "lora": {"strategy": strategy, "rank": 4},
             "questions": {"reasoning_tokens": reasoning},
             "grpo": {**settings, **grpo},

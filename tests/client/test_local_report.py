@@ -9,7 +9,7 @@ import pytest
 from wardround.client import local_report, payload, site
 from wardround.client.folder import Site
 from wardround.client.registry import to_registry
-from wardround.common.config import RunConfig
+from wardround.common.config import NO_PRIVACY, RunConfig
 from wardround.common.counts import count
 from wardround.common.global_model import GlobalModel
 from wardround.common.lm import models
@@ -73,7 +73,7 @@ def test_hostile_texts_stay_texts_and_nothing_is_loaded(tmp_path: Path):
 def here(tmp_path: Path) -> Site:
     table, dictionary = make(200, seed=2)
     registry = to_registry("synthetic", pa.Table.from_pandas(table, preserve_index=False), dictionary)
-    write_sites(registry, [np.arange(200)], RunConfig(name="t"), tmp_path)
+    write_sites(registry, [np.arange(200)], RunConfig(name="t", privacy=NO_PRIVACY), tmp_path)
     return Site.open(tmp_path / "site-01" / "site.toml")
 
 
@@ -86,6 +86,7 @@ def test_samples_of_a_registry_that_is_not_open_stay_in_the_sites_own_report(
     config = RunConfig.model_validate(
         {
             "name": "t",
+            "privacy": {"enabled": False},
             "model": {"id": str(tiny_model_path), "device": "cpu", "prompt": "en_short"},
             "evaluation": {"questions_per_site": 6, "samples": 2, "sample_tokens": 3},
         }

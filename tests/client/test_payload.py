@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from wardround.client import payload, update
 from wardround.client.payload import Payload
 from wardround.common import sums
-from wardround.common.config import RunConfig
+from wardround.common.config import NO_PRIVACY, RunConfig
 from wardround.common.errors import ConfigError, ProtocolError, VerificationError
 from wardround.common.fixedpoint import rounding_key
 from wardround.common.messages import Failure, MaskedReply
@@ -201,7 +201,7 @@ def test_three_sites_add_up_exactly(tmp_path: Path, purpose: int):
     [
         {"run": config(update_range=0.5)},
         {"run": config(max_sites=63)},
-        {"run": RunConfig(name="t", seed=1)},
+        {"run": RunConfig(name="t", privacy=NO_PRIVACY, seed=1)},
         {"model_digest": "cd" * 32},
     ],
     ids=["range", "max_sites", "seed", "model"],

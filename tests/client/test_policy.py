@@ -39,7 +39,9 @@ def ask(config: RunConfig, round_index: int = 1) -> CountInstruction:
 
 def run(secure: str = "bonawitz") -> RunConfig:
     federation = {"rounds": 5, "secure_aggregation": secure}
-    return RunConfig.model_validate({"name": "t", "federation": federation, "grpo": {"local_steps": 9}})
+    return RunConfig.model_validate(
+        {"name": "t", "privacy": {"enabled": False}, "federation": federation, "grpo": {"local_steps": 9}}
+    )
 
 
 def masked() -> MaskedReply:

@@ -19,7 +19,9 @@ HEX = st.binary(min_size=32, max_size=32).map(bytes.hex)
 
 def config(**federation: object) -> RunConfig:
     settings = {"max_sites": 7, "update_range": 0.25, "max_weight": 500, **federation}
-    return RunConfig.model_validate({"name": "t", "federation": settings, "grpo": {"group_size": 5}})
+    return RunConfig.model_validate(
+        {"name": "t", "privacy": {"enabled": False}, "federation": settings, "grpo": {"group_size": 5}}
+    )
 
 
 def binding(purpose: int, run: RunConfig | None = None, **changes: object) -> Binding:

@@ -43,6 +43,7 @@ def case(
     config = RunConfig.model_validate(
         {
             "name": "demo",
+            "privacy": {"enabled": False},
             "seed": 17,
             "questions": {"reasoning_tokens": 48 if reasoning else 0},
             "grpo": {"expectation": "sampled" if reasoning else "exact"},
@@ -136,6 +137,7 @@ def case(
         "provenance": {**facts, "registry": "support_icu" + text, "commit": None, "verified": {"probes": 3}},
         "run": {
             "name": "demo",
+            "privacy": {"enabled": False},
             "dictionary": {"name": "support_icu", "title": "SUPPORT ICU" + text, "public": public},
             "sites": {
                 site + text: {"rounds": rounds if i < 4 else 0, "has_final": i != 2}

@@ -40,7 +40,7 @@ TAIL = {name: np.array([i + 1, 2**40 - i]) for i, name in enumerate(RING)}
 
 
 def config(**federation: Any) -> RunConfig:
-    return RunConfig.model_validate({"name": "t", "federation": federation})
+    return RunConfig.model_validate({"name": "t", "privacy": {"enabled": False}, "federation": federation})
 
 
 def consortium_of(n: int, **changes: Any) -> Sites:

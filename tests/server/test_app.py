@@ -153,6 +153,7 @@ def test_the_app_runs_from_its_paths_and_continues_with_resume(
     config = RunConfig.model_validate(
         {
             "name": "trial",
+            "privacy": {"enabled": False},
             "model": {"id": str(tiny_model_path), "device": "cpu", "prompt": "en_short"},
             "warmup": {"enabled": False},
             "grpo": {"local_steps": 1, "patients_per_step": 2, "expectation": "exact"},
@@ -186,7 +187,9 @@ NAMES = ("config", "dictionary", "roster", "out")
 
 
 def test_real_sites_are_never_asked_to_add_up_in_the_clear(tmp_path: Path):
-    (tmp_path / "run.toml").write_text('name = "t"\n[federation]\nsecure_aggregation = "none"\n')
+    (tmp_path / "run.toml").write_text(
+        'name = "t"\nprivacy.enabled = false\n[federation]\nsecure_aggregation = "none"\n'
+    )
     paths = {"config": str(tmp_path / "run.toml"), "dictionary": str(packaged("registries", "support_icu.toml"))}
     with pytest.raises(ConfigError, match="only a simulation adds up in the clear"):
         server.main(Grid({}), context(**paths, roster=str(tmp_path / "no.json"), out=str(tmp_path / "run")))

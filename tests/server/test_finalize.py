@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from wardround.common.adapter import vector_digest
-from wardround.common.config import LoraConfig, ModelConfig, RunConfig
+from wardround.common.config import NO_PRIVACY, LoraConfig, ModelConfig, RunConfig
 from wardround.common.errors import ModelError, RunFolderError, VerificationError
 from wardround.common.lm import merge, models
 from wardround.server.finalize import finalize
@@ -31,7 +31,7 @@ def trained(base: Path, strategy: str = "ffa", dtype: str = "float32", size: flo
 
 
 def facts_of(lm: models.LanguageModel, **changes: object) -> dict:
-    config = RunConfig(name="tiny", model=lm.config, lora=lm.lora)
+    config = RunConfig(name="tiny", privacy=NO_PRIVACY, model=lm.config, lora=lm.lora)
     facts = provenance(
         config,
         base_digest=lm.base_digest,

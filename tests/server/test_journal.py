@@ -10,7 +10,7 @@ from wardround.server.journal import check_disk, check_folder, open_journal, wri
 
 
 def config(**changes: object) -> RunConfig:
-    return RunConfig.model_validate({"name": "trial", **changes})
+    return RunConfig.model_validate({"name": "trial", "privacy": {"enabled": False}, **changes})
 
 
 def test_a_phase_is_complete_once_it_was_written(tmp_path: Path):

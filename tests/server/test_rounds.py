@@ -34,7 +34,7 @@ def config(**federation: object) -> RunConfig:
         "update_range": RANGE,
         **federation,
     }
-    return RunConfig.model_validate({"name": "t", "federation": set_up})
+    return RunConfig.model_validate({"name": "t", "privacy": {"enabled": False}, "federation": set_up})
 
 
 def go(out: Path, sites: Sites, run: RunConfig, *, resume: bool = False) -> State:

@@ -22,7 +22,9 @@ from wardround.server.tracking import SilentProgress
 from tests.server import sites_case
 from tests.server.sites_case import COUNTS, DICTIONARY, PATIENTS, ROUND_ZERO, Sites, Stopped, Twist, changed, failing
 
-CONFIG = RunConfig.model_validate({"name": "t", "evaluation": {"bootstrap_samples": 100, "questions_per_site": 10}})
+CONFIG = RunConfig.model_validate(
+    {"name": "t", "privacy": {"enabled": False}, "evaluation": {"bootstrap_samples": 100, "questions_per_site": 10}}
+)
 SCHEMA = derive_schema(COUNTS, DICTIONARY, CONFIG.questions)
 
 

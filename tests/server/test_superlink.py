@@ -32,6 +32,7 @@ def settings(base: Path) -> RunConfig:
     return RunConfig.model_validate(
         {
             "name": "trial",
+            "privacy": {"enabled": False},
             "seed": 3,
             "model": {"id": str(base), "device": "cpu", "prompt": "en_short"},
             "warmup": {"enabled": False},

@@ -24,6 +24,7 @@ def run(path: Path, lora: dict[str, object] | None = None, **settings: object) -
     return RunConfig.model_validate(
         {
             "name": "t",
+            "privacy": {"enabled": False},
             "model": {"id": str(path), "prompt": "en_short"},
             "lora": {**LORA, **(lora or {})},
             "questions": {"n_options": 3},

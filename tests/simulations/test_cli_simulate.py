@@ -28,6 +28,8 @@ enabled = false
 [grpo]
 local_steps = 2
 patients_per_step = 4.0
+[privacy]
+enabled = false
 [federation]
 rounds = 2
 validation_questions_per_site = 8

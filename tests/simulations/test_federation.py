@@ -64,6 +64,7 @@ for route, round_index, Grid.left, when, how in json.loads(sys.argv[3]):
 def settings(base: Path, **changes: Any) -> RunConfig:
     data: dict[str, Any] = {
         "name": "trial",
+        "privacy": {"enabled": False},
         "seed": 3,
         "model": {"id": str(base), "device": "cpu", "prompt": "en_short"},
         "warmup": {"enabled": False},

@@ -47,6 +47,7 @@ WINDOW = 32  # bytes
 def settings(base: Path, secure: str = "bonawitz", **changes: Any) -> RunConfig:
     data: dict[str, Any] = {
         "name": "trial",
+        "privacy": {"enabled": False},
         "seed": 3,
         "model": {"id": str(base), "device": "cpu", "prompt": "en_short"},
         "warmup": {"enabled": False},

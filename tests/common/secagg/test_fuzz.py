@@ -28,7 +28,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from wardround.common import messages
-from wardround.common.config import RunConfig
+from wardround.common.config import NO_PRIVACY, RunConfig
 from wardround.common.errors import WardroundError
 from wardround.common.files import read_record, write_record
 from wardround.common.identity import Card, Identity
@@ -209,7 +209,7 @@ def shamir_decoder() -> Decoder:
 def example(kind: type[WireMessage]) -> WireMessage:
     """A message of a kind, with something in every field."""
     scalars, vectors = messages._LAYOUTS[kind.KIND]
-    config = RunConfig(name="fuzz")
+    config = RunConfig(name="fuzz", privacy=NO_PRIVACY)
     texts = {"run_id": "ab" * 16, "config": config.to_json(), "config_digest": config.digest(), "samples": "[]"}
     made: dict[str, Any] = {str: "text", int: 3, float: 0.5, bool: True}
     values = {name: texts.get(name, made[kind_]) for name, kind_ in scalars.items()}

@@ -16,6 +16,7 @@ def config(base: Path, **grpo) -> RunConfig:
     return RunConfig.model_validate(
         {
             "name": "trial",
+            "privacy": {"enabled": False},
             "seed": 3,
             "model": {"id": str(base), "device": "cpu", "prompt": "en_short"},
             "warmup": {"enabled": False},
