@@ -7,13 +7,16 @@ the site's own secret.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from ..common.question import Question
+
+if TYPE_CHECKING:
+    from .private_optimizer import PrivateSteps
 
 
 @dataclass(frozen=True)
@@ -52,16 +55,28 @@ class Draws:
         expected_patients: q·N, the normaliser of a step's loss; a constant of the round.
     """
 
-    def __init__(self, source: QuestionSource, patients_per_step: float, steps: int, rng: np.random.Generator) -> None:
+    def __init__(
+        self,
+        source: QuestionSource,
+        patients_per_step: float,
+        steps: int,
+        rng: np.random.Generator,
+        private: PrivateSteps | None = None,
+    ) -> None:
+        """Without `private` the rate and its normaliser follow from the patients that are here; with it both are its
+        constants, and who is drawn is decided by the site's own randomness instead of `rng`.
+        """
         self.source, self.steps, self.rng = source, steps, rng
-        self.rate = min(1.0, patients_per_step / max(source.n_patients, 1))
+        self._uniform: Callable[[int], np.ndarray] = private.random.uniform if private else rng.random
+        self.rate = private.rate if private else min(1.0, patients_per_step / max(source.n_patients, 1))
         # Without patients every draw is empty; any positive constant will do.
-        self.expected_patients = self.rate * source.n_patients or patients_per_step
+        live = self.rate * source.n_patients or patients_per_step
+        self.expected_patients = private.expected_patients if private else live
 
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[list[Question]]:
         for _ in range(self.steps):
-            drawn = np.flatnonzero(self.rng.random(self.source.n_patients) < self.rate)
+            drawn = np.flatnonzero(self._uniform(self.source.n_patients) < self.rate)
             yield self.source.draw(drawn, self.rng) if len(drawn) else []

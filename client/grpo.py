@@ -10,6 +10,7 @@ and why:
     create_optimizer                      AdamW, made plainly
     get_train_dataloader                  a step is one Poisson draw of patients, not a shuffled batch
     training_step                         one draw, one step; parts are weighted by constants; an empty draw still steps
+                                          (privacy: gradients of single patients go to client/private_optimizer.py)
     _generate_and_score_completions       questions travel beside the prompts; the reference is the round's start
     _get_per_token_logps_and_entropies    one pass over the prompt for the whole group (common/lm/prefix.py)
 
@@ -41,7 +42,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from ..common.config import RunConfig
 from ..common.lm.generation import Answering, Completion, completion_log_probs, draw, rollout
-from ..common.lm.lora import prepare_training
+from ..common.lm.lora import fused_parameters, patient_gradients, prepare_training
 from ..common.lm.memory import give_back_free_memory, out_of_memory, tokens_per_backward
 from ..common.lm.models import LanguageModel
 from ..common.lm.prefix import SharedPrefix, causal_model, option_log_softmax
@@ -50,6 +51,7 @@ from ..common.question import PromptTemplate, Question
 from ..common.seeds import derive_rng, derive_seed
 from .draws import Asked, Draws, QuestionSource
 from .grpo_loss import StepScale, exact_loss, parts_by_tokens, rows_of
+from .private_optimizer import PrivateOptimizer, PrivateSteps
 from .reward import LocalResult, RoundCounts, reward, trl_reward
 
 _ROLLOUT_SHARE = 16  # tokens decoded at a time, over those of a backward pass: no activations are kept
@@ -65,6 +67,7 @@ def train_local_round(
     *,
     seed: int,
     round_index: int = 1,
+    private: PrivateSteps | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> LocalResult:
     """Trains from the vector that `lm` holds; afterwards `lm` holds the result.
@@ -79,6 +82,7 @@ def train_local_round(
         config: the run's; `grpo`, `questions.reasoning_tokens` and `speed` are read.
         seed: of this round at this site.
         round_index: of this round, from 1; the learning rate follows from it.
+        private: clip every patient's gradient and add noise; None: no privacy of single patients.
         on_step: called after every step with (steps done, steps, mean reward of the step; NaN for an empty draw).
 
     Raises:
@@ -90,7 +94,7 @@ def train_local_round(
     if config.speed.threads:
         torch.set_num_threads(config.speed.threads)
     prepare_training(lm.model)
-    engine = Engine(lm, source, template, config, seed=seed, round_index=round_index, on_step=on_step)
+    engine = Engine(lm, source, template, config, seed=seed, round_index=round_index, private=private, on_step=on_step)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # trl asks for names that transformers has renamed
         try:
@@ -132,13 +136,15 @@ class Engine(GRPOTrainer):
         *,
         seed: int,
         round_index: int = 1,
+        private: PrivateSteps | None = None,
         on_step: Callable[[int, int, float], None] | None = None,
     ) -> None:
         self.learning_rate = config.learning_rate_of(round_index)
         grpo, reasoning = config.grpo, config.questions.reasoning_tokens
         self.lm, self.template, self.grpo, self.reasoning_tokens = lm, template, grpo, reasoning
         self.answering = Answering(lm, template)
-        self.draws = Draws(source, grpo.patients_per_step, grpo.local_steps, derive_rng(seed, "draws"))
+        self.private = private
+        self.draws = Draws(source, grpo.patients_per_step, grpo.local_steps, derive_rng(seed, "draws"), private)
         self.sampler = torch.Generator().manual_seed(derive_seed(seed, "sampling"))
         self.tokens_per_backward = config.speed.tokens_per_backward or tokens_per_backward(lm)
         self.dearest = 0  # tokens of the largest single patient's pass so far
@@ -172,6 +178,9 @@ class Engine(GRPOTrainer):
         self.trained = [parameter for parameter in lm.model.parameters() if parameter.requires_grad]
         self.beta = grpo.beta  # after super().__init__, which would add a copy of the adapter to the model
         self.starting_values = [p.detach().clone() for p in self.trained] if self.beta else []
+        self.part_patients = 0  # of the part of `losses` that was yielded last
+        # Whether one backward pass gives the gradients of all its patients apart; else every patient has its own.
+        self.told_apart = set(self.trained) <= fused_parameters(lm.model)
         self._known: Tensor | None = None
         self._part: tuple[list[Asked], list[Completion]] = ([], [])
         self._uniform = torch.empty(0)
@@ -199,6 +208,8 @@ class Engine(GRPOTrainer):
         Trainer's own sorts parameters into those that decay and those that do not: 40 ms for nothing here.
         """
         self.optimizer = torch.optim.AdamW(self.trained, lr=self.learning_rate, weight_decay=0.0)
+        if self.private is not None:
+            self.optimizer = self.private_optimizer = PrivateOptimizer(self.optimizer, self.private)
         return self.optimizer
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -209,11 +220,14 @@ class Engine(GRPOTrainer):
         """
         model.train()
         for parameter in self.trained:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = None if self.private else torch.zeros_like(parameter)
         total, before = torch.zeros((), device=self.lm.device), (self.counts.reward_sum, self.counts.completions)
-        for loss in self.losses(inputs):
+        for loss in self.losses(inputs, one_by_one=self.private is not None and not self.told_apart):
             began = time.perf_counter()
-            self.accelerator.backward(loss)
+            if self.private is None:
+                self.accelerator.backward(loss)
+            else:
+                self.private_optimizer.absorb(self.patient_gradients(loss * self.draws.expected_patients))
             total += loss.detach()
             self.phase_seconds["loss"] += time.perf_counter() - began
         self.counts.add_draw(len(inputs))
@@ -223,6 +237,25 @@ class Engine(GRPOTrainer):
             mean = (self.counts.reward_sum - before[0]) / count if count else float("nan")
             self.on_step(self._step, len(self.draws), mean)
         return total
+
+    def patient_gradients(self, loss: Tensor) -> dict[Tensor, Tensor]:
+        """Gradients of single patients, of the part of `losses` that was yielded last, by trained parameter.
+
+        Args:
+            loss: that part, times the constant that it was divided by: a sum of terms of single patients.
+
+        Returns:
+            Shape (patients of the part, *parameter's).
+        """
+        if self.told_apart:
+            with patient_gradients(self.part_patients) as found:
+                loss.backward()
+            return found
+        for parameter in self.trained:
+            parameter.grad = None
+        loss.backward()  # one patient
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained]
+        return {parameter: grad[None] for parameter, grad in zip(self.trained, grads, strict=True)}
 
     def losses(self, questions: Sequence[Question], *, one_by_one: bool = False) -> Iterator[Tensor]:
         """The step's loss in parts that are to be run backward one after another.
@@ -249,7 +282,7 @@ class Engine(GRPOTrainer):
         self._uniform = torch.rand(shape, generator=self.sampler, dtype=torch.float64)
         uniform = self._uniform
         for part in parts_by_tokens([len(one.prompt) for one in asked], self.tokens_per_backward, one_by_one):
-            self._uniform, mine = uniform[part], [asked[index] for index in part]
+            self._uniform, mine, self.part_patients = uniform[part], [asked[index] for index in part], len(part)
             if self.grpo.expectation == "exact":
                 yield self._exact_loss(mine) * (len(part) / scale.expected_patients)
             else:
@@ -269,7 +302,7 @@ class Engine(GRPOTrainer):
         costs = [len(asked[i].prompt) + group * width for i, width in zip(live, longest, strict=True)]
         for part in parts_by_tokens(costs, self.tokens_per_backward, one_by_one):
             began = time.perf_counter()
-            chosen = [live[index] for index in part]
+            chosen, self.part_patients = [live[index] for index in part], len(part)
             rows = [row for index in chosen for row in range(index * group, (index + 1) * group)]
             self._part = [asked[index] for index in chosen], [completions[row] for row in rows]
             width = max(longest[index] for index in part)

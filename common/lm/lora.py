@@ -47,23 +47,68 @@ class _LoraLinear(torch.autograd.Function):
         y = products[0](x) if products else F.linear(x, weight, bias)
         y.addmm_(inner, high.T, alpha=scaling)
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, low, high, inner)
-        ctx.scaling, ctx.dtypes, ctx.products = scaling, (a.dtype, b.dtype), products
+        ctx.scaling, ctx.trained, ctx.products = scaling, (a, b), products
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, low, high, inner = ctx.saved_tensors
-        dy, s = grads[0], ctx.scaling
+        dy, s, (a, b) = grads[0], ctx.scaling, ctx.trained
         dx = da = db = None
         dinner = dy @ high
         if ctx.needs_input_grad[0]:
             dx = ctx.products[1](dy) if ctx.products else dy @ weight
             dx.addmm_(dinner, low, alpha=s)
         if ctx.needs_input_grad[3]:
-            da = (dinner.T @ x).to(ctx.dtypes[0]).mul_(s)
+            da = _gradient(a, dinner, x, s)
         if ctx.needs_input_grad[4]:
-            db = (dy.T @ inner).to(ctx.dtypes[1]).mul_(s)
+            db = _gradient(b, dy, inner, s)
         return dx, None, None, da, db, None, None
+
+
+# Gradients of single patients, by parameter, and how many patients a pass holds; None: gradients add up as usual.
+_patients: int | None = None
+_of_patients: dict[Tensor, Tensor] = {}
+
+
+def _gradient(parameter: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor | None:
+    """scaling · leftᵀ right for rows of all patients; with `patient_gradients`, by patient and put aside."""
+    if _patients is None:
+        return (left.T @ right).to(parameter.dtype).mul_(scaling)
+    # Rows of a patient lie next to each other, and all have the same number of them (padding has gradient zero).
+    found = torch.bmm(left.view(_patients, -1, left.shape[1]).mT, right.view(_patients, -1, right.shape[1]))
+    found = found.to(parameter.dtype).mul_(scaling)
+    known = _of_patients.get(parameter)
+    _of_patients[parameter] = found if known is None else known.add_(found)
+    return None
+
+
+@contextmanager
+def patient_gradients(patients: int) -> Iterator[dict[Tensor, Tensor]]:
+    """Around a backward pass whose rows are those of `patients` patients, in their order: what it leaves in the dict
+    that is yielded are gradients of single patients, shape (patients, *parameter's), and in `.grad` nothing.
+
+    One pass for all of them, at the cost of the usual one: B's gradient is a product over a patient's own tokens either
+    way. Only parameters of layers that `fuse` exchanged; the loss must be a sum of terms of single patients.
+    """
+    global _patients
+    if _patients is not None:
+        raise RuntimeError("patient_gradients: already inside one")
+    _patients = patients
+    _of_patients.clear()
+    try:
+        result: dict[Tensor, Tensor] = {}
+        yield result
+        result.update(_of_patients)
+    finally:
+        _patients = None
+        _of_patients.clear()
+
+
+def fused_parameters(model: nn.Module) -> set[Tensor]:
+    """The trained parameters whose gradients `patient_gradients` can tell apart."""
+    layers = _fused(model)
+    return {half["default"].weight for layer in layers for half in (layer.lora_A, layer.lora_B)}
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
