@@ -61,7 +61,7 @@ def one_run(name: str, folder: Path) -> dict[str, Any]:
     """One size, over a deployment that is started for it and ended after it."""
     from wardround.common.config import RunConfig, to_toml
     from wardround.common.messages import MaskedReply, dtypes_of
-    from wardround.simulations.federation import ROSTER, divide, load_registry, write_sites
+    from wardround.simulations.federation import COORDINATOR, PASSPHRASE, ROSTER, divide, load_registry, write_sites
 
     from tests.server.superlink_case import COMPONENTS, deployment, write_bundle
     from tests.tiny import tiny_model
@@ -76,6 +76,8 @@ def one_run(name: str, folder: Path) -> dict[str, Any]:
         "config": str(folder / "run.toml"),
         "dictionary": str(sites[0].parent / "dictionary.toml"),
         "roster": str(folder / "sites" / ROSTER),
+        "key": str(folder / "sites" / COORDINATOR),
+        "passphrase-file": str(folder / "sites" / PASSPHRASE),
         "out": str(folder / "run"),
     }
     before, used = os.getloadavg()[0], _processor_s()

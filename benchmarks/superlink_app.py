@@ -18,9 +18,10 @@ from wardround.common.dictionary import load_dictionary
 from wardround.common.messages import EvaluateInstruction, Instruction
 from wardround.common.roster import Roster
 from wardround.server.aggregation import SecureSums
-from wardround.server.app import FlowerExchange
+from wardround.server.app import FlowerExchange, read_coordinator
 from wardround.server.journal import open_journal
 from wardround.server.phases import Answer
+from wardround.server.receipts import Receipts
 from wardround.server.run import run_all
 from wardround.server.tracking import SilentProgress
 
@@ -65,7 +66,8 @@ def main(grid: Grid, context: Context) -> None:
     paths = {name: Path(str(context.run_config[name])) for name in ("config", "dictionary", "roster", "out")}
     config, dictionary = load_run(paths["config"]), load_dictionary(paths["dictionary"])
     roster = Roster.parse(paths["roster"].read_bytes(), "roster")
-    with open_journal(paths["out"], config, resume=False) as journal:
+    identity = read_coordinator(context.run_config, roster)
+    with open_journal(paths["out"], config, resume=False) as journal, Receipts.open(journal, identity) as receipts:
         exchange = TimedExchange(grid, config.federation.phase_timeout_s, paths["out"].parent / "exchanges.jsonl")
         try:
             run_all(
@@ -77,6 +79,7 @@ def main(grid: Grid, context: Context) -> None:
                 make_sums=lambda consortium: SecureSums(consortium, roster),
                 split_key=None,
                 progress=SilentProgress(),
+                receipts=receipts,
             )
         except EnoughError:
             return

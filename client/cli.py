@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from .identity_cli import card, roster, rotate
+from .ledger_cli import ledger
+from .policy_cli import policy
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..common.config import MappingConfig
     from ..common.dictionary import Dictionary
-    from .ledger import Ledger
     from .quality import Quality
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -35,7 +34,7 @@ def client() -> None:
     """One hospital: its registry, dictionary and questions; the final model it gets from a run."""
 
 
-for command in (card, roster, rotate):
+for command in (card, roster, rotate, ledger, policy):
     client.add_command(command)
 
 
@@ -243,68 +242,6 @@ def merge(site_toml: Path, run_id: str, out: Path, base: str | None) -> None:
 
     digest = work(site_toml, run_id, out, base)
     click.echo(f"{out}\nadapter {digest}: the digest in the run's report and model card")
-
-
-@client.group()
-def ledger() -> None:
-    """The record of everything that left this hospital."""
-
-
-@ledger.command(epilog="Example: wardround client ledger show site.toml")
-@click.argument("site_toml", type=_PATH)
-@click.option("--json", "as_json", is_flag=True, help="Print every entry as a line of JSON.")
-def show(site_toml: Path, as_json: bool) -> None:
-    """Print what left this site and what it refused, oldest first."""
-    record = _ledger_of(site_toml)
-    with _damage_is_an_answer():
-        entries = list(record.entries())
-    if as_json:
-        for entry in entries:
-            click.echo(json.dumps(entry, sort_keys=True))
-        return
-    click.echo(f"{record.path}: {len(entries)} entries" + (", times in UTC" if entries else ""))
-    rows = [("n", "time", "run", "round", "phase", "bytes", "in all", "what")] if entries else []
-    for entry in entries:
-        moment = entry["time"][:19].replace("T", " ")  # written in UTC
-        what = f"{entry['kind']}: {entry['code'] or entry['purpose']}"
-        sizes = f"{entry['bytes']:,}", f"{entry['total']:,}"
-        rows.append((str(entry["n"]), moment, entry["run"][:8], str(entry["round"]), entry["phase"], *sizes, what))
-    # Lines as long as they are: a table would cut columns to fit a narrow terminal, which breaks a line at its end.
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [f"{cell:{'>' if i in (0, 3, 5, 6) else '<'}{widths[i]}}" for i, cell in enumerate(row)]
-        click.echo("  ".join(cells).rstrip())
-
-
-@ledger.command(epilog="Example: wardround client ledger verify site.toml")
-@click.argument("site_toml", type=_PATH)
-def verify(site_toml: Path) -> None:
-    """Check that no entry was changed, removed, inserted or moved; a chain cut at its end is not found.
-
-    Exit 2 with the first line that is not what was written.
-    """
-    record = _ledger_of(site_toml)
-    with _damage_is_an_answer():
-        click.echo(f"{record.path}: {record.verify()} entries, each as it was written")
-
-
-def _ledger_of(site_toml: Path) -> Ledger:
-    """The ledger of a site; nothing is made."""
-    from ..common.config import load_site
-    from .folder import Site
-
-    return Site(site_toml.resolve().parent, load_site(site_toml)).ledger
-
-
-@contextmanager
-def _damage_is_an_answer() -> Iterator[None]:
-    """A damaged ledger ends these commands with its line and exit 2: they were asked, they have not failed."""
-    from ..common.errors import UserError, VerificationError
-
-    try:
-        yield
-    except VerificationError as error:
-        raise UserError(str(error)) from None
 
 
 @click.command(

@@ -5,7 +5,7 @@ Private: registry, splits and questions. No torch unless the model is asked for.
 
 What must last is in the state folder (mode 0700), because a new process may serve every message:
 
-    state/ledger.jsonl                 everything that left (client/ledger.py)
+    state/ledger.jsonl                 everything that left, and the privacy budget spent (client/ledger.py)
     state/site.log                     full texts of errors; never sent
     state/split.key                    splits patients when site.toml has no split_key
     state/runs/<run id>/round-0.record   manifest and round-0 adapter
@@ -42,9 +42,11 @@ from ..common.global_model import GlobalModel
 from ..common.messages import Instruction
 from ..common.question import PromptTemplate, Question, load_prompt
 from ..common.schema import Schema
-from ..common.seeds import derive_rng
+from ..common.seeds import derive_rng, secret_rng
 from . import policy
+from .identity import SiteKeys
 from .ledger import Ledger
+from .opt_out import OptOut, read_opt_out
 from .questions import QuestionBuilder
 from .registry import Registry, read_registry, split_rows
 
@@ -126,7 +128,23 @@ class Site:
 
     @property
     def ledger(self) -> Ledger:
-        return Ledger(self.state / "ledger.jsonl")
+        return Ledger(self.state / "ledger.jsonl", SiteKeys(self.folder, self.config), self.folder / "ledger.head")
+
+    @cached_property
+    def opted_out(self) -> OptOut:
+        """Patients whose rows are never read.
+
+        Raises:
+            RefusedError: the list that the policy names is not there, or not a list.
+        """
+        named, own = self.config.policy.opt_out, self.config.mapping.columns.get(self.dictionary.id_column, "")
+        path = None if named is None else self.folder / named
+        return read_opt_out(path, frozenset({self.dictionary.id_column, own} - {""}))
+
+    @property
+    def registry_read(self) -> str:
+        """Hex digest of what the registry follows from, if it was asked for since this site was opened; else ""."""
+        return self.__dict__["source_digest"].hex() if "source_digest" in self.__dict__ else ""
 
     def run_folder(self, run_id: str) -> Path:
         """Where a run's files lie; `run_id` has been checked."""
@@ -156,14 +174,16 @@ class Site:
 
     @cached_property
     def source_digest(self) -> bytes:
-        """Of everything that the registry follows from: the table's bytes, the dictionary, the mapping.
+        """Of everything that the registry follows from: table, dictionary, mapping, who opted out.
 
         Raises:
             RegistryError: the table cannot be read.
+            RefusedError: as `opted_out`.
         """
         path = self.folder / self.config.table
         state = hashlib.sha256(self.dictionary.digest().encode())
         state.update(self.config.mapping.model_dump_json().encode() + path.suffix.encode())
+        state.update(b"opt-out" + self.opted_out.digest)
         try:
             with path.open("rb") as file:
                 state.update(hashlib.file_digest(file, "sha256").digest())
@@ -176,6 +196,7 @@ class Site:
     def registry(self) -> Registry:
         if self.source_digest not in _registries:
             found = read_registry(self.folder / self.config.table, self.dictionary, self.config.mapping)
+            found = self.opted_out.apply(found)
             if sum(known.n_bytes for known in _registries.values()) + found.n_bytes > _REGISTRY_BYTES:
                 _registries.clear()
                 _splits.clear()
@@ -298,13 +319,28 @@ class SiteRun:
         about = (site.config.name, split, n, self.config.digest(), schema.digest(), self.template.digest(), asked)
         key = hashlib.sha256(site.source_digest + site.split_key() + json.dumps(about).encode()).digest()
         if key not in _held_out:
-            rng, patients = derive_rng(self.config.seed, split, site.config.name), site.patients_of(split)
-            rows = [rng.choice(patients[index]) for index in rng.permutation(len(patients))]
-            questions = self.builder(schema).build(np.array(rows), rng, targets=asked)[:n] if rows else []
+            questions = (self._each_alone if self.config.privacy.enabled else self._together)(split, schema, asked)[:n]
             if len(_held_out) >= 64:
                 _held_out.clear()
             _held_out[key] = questions
         return _held_out[key]
+
+    def _together(self, split: str, schema: Schema, asked: list[str]) -> list[Question]:
+        rng, patients = derive_rng(self.config.seed, split, self.site.config.name), self.site.patients_of(split)
+        rows = [rng.choice(patients[index]) for index in rng.permutation(len(patients))]
+        return self.builder(schema).build(np.array(rows), rng, targets=asked) if rows else []
+
+    def _each_alone(self, split: str, schema: Schema, asked: list[str]) -> list[Question]:
+        """In private runs: a patient's question, and its place among them, do not depend on the other patients, so that
+        one more patient changes the results by one question, or by one in the place of another.
+        """
+        found: list[tuple[float, list[Question]]] = []
+        builder, key = self.builder(schema), self.site.split_key()
+        for rows in self.site.patients_of(split):
+            rng = secret_rng(key, split, str(self.config.seed), str(self.site.registry.patients[rows[0]]))
+            place = float(rng.random())
+            found.append((place, builder.build(np.array([rng.choice(rows)]), rng, targets=asked)))
+        return [question for _, questions in sorted(found, key=lambda one: one[0]) for question in questions]
 
 
 @dataclass(frozen=True, eq=False)

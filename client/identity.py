@@ -22,7 +22,7 @@ from ..common.config import SiteConfig, load_site
 from ..common.errors import ConfigError, VerificationError
 from ..common.files import private_folder, sync_folder
 from ..common.identity import Identity
-from ..common.key_file import passphrase, read_key, write_key
+from ..common.key_file import passphrase, read_key, read_secret, write_key
 from ..common.roster import MAX_ROSTER_BYTES, Members, Roster, check_pinned
 
 
@@ -78,6 +78,31 @@ class SiteKeys:
         if not os.path.lexists(self.path):
             raise ConfigError(f"{self.path}: no such file: make this site's identity with `wardround client card`")
         return read_key(self.path, self._passphrase())
+
+    def identity(self) -> Identity:
+        """The identity in use, as `load`, once a process: deriving the key from a passphrase takes a tenth of a second.
+
+        Raises:
+            ConfigError: as `load`.
+        """
+        if not self.path.is_file():
+            return self.load()  # which says what to do
+        file = self.path.read_bytes()
+        if file not in _loaded:
+            if len(_loaded) >= 64:  # more sites than one process has, but for a large simulation
+                _loaded.clear()
+            _loaded[file] = self.load()
+        return _loaded[file]
+
+    def ids(self) -> list[bytes]:
+        """Public keys of this site, the one in use last; needs no passphrase.
+
+        Raises:
+            ConfigError: a file is not one of a key, or open to others.
+        """
+        found = [*self._retired_paths(), *([self.path] if os.path.lexists(self.path) else [])]
+        ids = [Identity.public_of(read_secret(path, "identity key"), str(path)) for path in found]
+        return list(dict.fromkeys(ids))  # while a rotation is finished, one file has two names
 
     def load_or_create(self) -> tuple[Identity, bool]:
         """The identity in use, and whether it was made now. A key that is there is never replaced.
@@ -181,6 +206,7 @@ class SiteKeys:
         return members
 
 
+_loaded: dict[bytes, Identity] = {}  # by the key's encrypted file
 _parsed: dict[bytes, Roster] = {}  # by the file's bytes; one at most: simulated sites share one roster
 
 

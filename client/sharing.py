@@ -131,21 +131,6 @@ class Book:
         self.given[content] = [one for one in known if one.survivors or one not in alike] + [giving]
 
 
-# By the key's encrypted file: deriving the key from the passphrase takes a tenth of a second, once a process.
-_identities: dict[bytes, Identity] = {}
-
-
-def _identity(keys: SiteKeys) -> Identity:
-    if not keys.path.is_file():
-        return keys.load()  # which says what to do
-    file = keys.path.read_bytes()
-    if file not in _identities:
-        if len(_identities) >= 64:  # more sites than one process has, but for a large simulation
-            _identities.clear()
-        _identities[file] = keys.load()
-    return _identities[file]
-
-
 @dataclass(frozen=True, eq=False)
 class Sharing:
     """One site's identity, its view of the roster, and its book."""
@@ -164,7 +149,7 @@ class Sharing:
             VerificationError: the roster is not the pinned one, or this site is not on it.
         """
         keys = SiteKeys(site.folder, site.config)
-        identity = _identity(keys)
+        identity = keys.identity()
         view, limits = keys.members(identity.id), site.config.policy
         members = Membership(view.active, view.verified, limits.colluders, limits.min_sites)
         return cls(site, identity, members, view.roster.digest)

@@ -76,6 +76,7 @@ def warm_up(site: Site, instruction: WarmupInstruction) -> WarmupReply:
         )
     if not site.patients_of("train"):
         raise RegistryError("no training patient")
+    policy.check_patients(site.config.policy, run.config.privacy, len(site.patients_of("train")))
     sweep(private_folder(run.folder))
     write_record(run.folder / "round-0.record", {"manifest": instruction.manifest}, {"vector": instruction.vector})
     return WarmupReply(**run.head, model_digest=model.digest, dictionary_digest=site.dictionary.digest())
@@ -91,6 +92,7 @@ def count_registry(site: Site, instruction: CountInstruction) -> KeysReply:
     inputs = sums.input_digest(instruction.dictionary_digest)
 
     def work() -> payload.Payload:
+        policy.check_patients(site.config.policy, run.config.privacy, len(site.patients_of("train")))
         rows = site.splits["train"]
         counts = count({name: column[rows] for name, column in site.registry.values.items()}, site.dictionary)
         ring, most = counts.to_vector(), sums.count_limit(run.config)
@@ -107,6 +109,7 @@ def take_schema(site: Site, instruction: SchemaInstruction) -> SchemaReply:
     run = SiteRun(site, instruction)
     schema = parse_schema(instruction.schema)
     schema.verify(site.dictionary)
+    policy.check_schema(site.config.policy, schema)
     policy.allowed_targets(site.config.policy, schema.names)
     private_folder(run.folder)
     write_atomic(run.folder / "schema.json", schema.to_json().encode())
@@ -134,6 +137,7 @@ def _train(run: SiteRun, instruction: TrainInstruction, input_digest: str) -> up
     schema, name = run.schema(instruction.schema_digest), run.site.config.name
     targets = policy.allowed_targets(run.site.config.policy, schema.names)
     source = TrainingPatients(run.builder(schema), run.site.patients_of("train"), targets)
+    policy.check_patients(run.site.config.policy, run.config.privacy, source.n_patients)
     update.claim(run.folder, instruction.round_index, input_digest)
     from .grpo import train_local_round  # trl takes seconds: not before everything was checked
 

@@ -334,18 +334,42 @@ class RunConfig(Frozen):
         return parse(cls, json.loads(text), "run config from the coordinator")
 
 
+TASKS = ("counts", "train", "validate", "test")  # what a run does with patients, each with its own secure sum
+Positive = Annotated[float, Field(gt=0)]
+
+
 class PolicyConfig(Frozen):
-    """A hospital's own limits, `[policy]` in site.toml; checked before any work, never loosened by a coordinator."""
+    """A hospital's own limits, `[policy]` in site.toml; checked before any work, never loosened by a coordinator.
+
+    `wardround client policy explain` says them in sentences (client/policy_words.py).
+    """
 
     simulated: bool = False  # only a simulated site of a public registry may send an unmasked update
+    # Differential privacy (docs/privacy.md). `require_privacy` left out: runs without it are refused, except by a
+    # simulated site of a public registry that sets none of these limits. `false` is a hospital's own decision.
+    require_privacy: bool | None = None
+    epsilon: Positive | None = None  # of this hospital, over all runs and for good: what client/ledger.py has recorded
+    epsilon_per_run: Positive | None = None
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = None  # at which epsilon is; the largest of a run
+    min_noise_multiplier: Positive | None = None  # σ of every mechanism of a run
+    max_grad_norm: Positive | None = None  # C
+    # What a run may do with patients, and of whom.
+    tasks: tuple[Literal["counts", "train", "validate", "test"], ...] = TASKS
+    targets_allowed: tuple[str, ...] = ()  # dictionary entries that may be asked; empty: all
+    targets_never_asked: tuple[str, ...] = ()
+    min_training_patients: Annotated[int, Field(ge=1)] = 1  # of this hospital
+    min_level_patients: Annotated[int, Field(ge=1)] = 1  # of all hospitals, of any level that a question schema shows
+    opt_out: str | None = None  # a file with one patient id a line, relative to site.toml: rows that are never read
     max_rounds: Annotated[int, Field(ge=1)] = 1000
     max_local_steps: Annotated[int, Field(ge=1)] = 10_000
+    max_bytes_per_run: Annotated[int, Field(ge=1)] | None = None
     # A coordinator names the runs, so limits of one run would be none: these two hold over all of them, for good. More
     # runs are taken part in when run folders are removed from the state folder, more bytes when the limit is raised.
     max_runs: Annotated[int, Field(ge=1)] = 100
     max_upload_bytes: Annotated[int, Field(ge=1)] = 2**36
+    # "20:00-06:00", this machine's local time: when work begins. A secure sum whose work is done ends at any hour.
+    hours: str | None = None
     allowed_models: tuple[str, ...] = ()  # digests; empty: any
-    targets_never_asked: tuple[str, ...] = ()
     # The same counts may be added up again with other hospitals, in another run: the difference of the two sums then
     # shows the hospitals that were in one only, together.
     repeat_with_others: bool = False
@@ -354,6 +378,21 @@ class PolicyConfig(Frozen):
     # many hospitals that collude with the coordinator it wants to withstand.
     min_sites: Annotated[int, Field(ge=3)] = 3
     colluders: Annotated[int, Field(ge=1)] = 1
+
+    @model_validator(mode="after")
+    def limits_agree(self) -> Self:
+        if (self.epsilon is None) != (self.delta is None):
+            given, missing = ("epsilon", "delta") if self.delta is None else ("delta", "epsilon")
+            raise ValueError(f"{given} without {missing}: a budget is both")
+        if self.epsilon_per_run is not None and self.epsilon is None:
+            raise ValueError("epsilon_per_run without epsilon and delta: runs have no end, so it limits nothing")
+        if self.epsilon_per_run is not None and self.epsilon is not None and self.epsilon_per_run > self.epsilon:
+            raise ValueError(f"epsilon_per_run = {self.epsilon_per_run}: more than epsilon = {self.epsilon} in all")
+        if self.hours is not None and not re.fullmatch("{0}-{0}".format(r"([01]\d|2[0-3]):[0-5]\d"), self.hours):
+            raise ValueError(f"hours = {self.hours!r:.40}: expected begin and end, as '20:00-06:00'")
+        if self.hours is not None and self.hours[:5] == self.hours[6:]:
+            raise ValueError(f"hours = '{self.hours}': begin and end are the same: leave it out for the whole day")
+        return self
 
 
 class IdentityConfig(Frozen):

@@ -10,6 +10,7 @@
     ├── ProtocolError            a wire message that is not what the protocol says
     ├── RefusedError             this site's policy says no
     ├── VerificationError        a digest, signature or round trip does not match
+    ├── LedgerBehindError        the coordinator holds a receipt for a reply that this site's ledger does not show
     └── SumError                 a secure sum that must not go on; `code` is the check that failed
 
 What leaves a site in place of an exception is `code`, an enumerated word, never the text: texts may hold what a
@@ -77,6 +78,12 @@ class VerificationError(WardroundError):
     """A digest, signature or round trip does not match what was promised."""
 
     code = "verification"
+
+
+class LedgerBehindError(WardroundError):
+    """The site's ledger does not show a reply that the coordinator received: it was cut, or an old copy is there."""
+
+    code = "ledger-behind"
 
 
 class SumError(WardroundError):

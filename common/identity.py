@@ -121,6 +121,18 @@ class Identity:
             raise ConfigError(f"{source}: damaged: it does not hold the key it names; restore the file from a copy")
         return cls(key)
 
+    @staticmethod
+    def public_of(data: bytes, source: str) -> bytes:
+        """The id that a file says it holds the key of; needs no passphrase, and proves nothing.
+
+        Raises:
+            ConfigError: not such a file.
+        """
+        header = _HEADER.match(data)
+        if header is None:
+            raise ConfigError(f"{source}: expected an encrypted identity key; restore the file from a copy")
+        return bytes.fromhex(header[2].decode())
+
     def __repr__(self) -> str:
         return f"Identity({self.fingerprint})"
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from .errors import ProtocolError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAGIC = b"WARD"
 _PREFIX = struct.Struct("<4sHHI")  # magic, version, kind, length of the JSON header in bytes
 # Where a message's two parts lie in a Flower RecordDict.
@@ -58,6 +58,7 @@ class Instruction(WireMessage):
 
     `config` is `RunConfig.to_json()` and `config_digest` its digest; `round_index` is 0 before the first training
     round, then 1, 2, …; `model_digest` covers the manifest and the whole global adapter at this point of the run.
+    `receipt` is the coordinator's newest for this site (common/receipt.py), signed; empty before there is one.
     """
 
     ROUTE: ClassVar[str] = ""  # Flower message type, "<category>.<action>"
@@ -67,6 +68,7 @@ class Instruction(WireMessage):
     config_digest: str
     round_index: int
     model_digest: str
+    receipt: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -362,8 +364,16 @@ def _check_scalar(kind: str, name: str, value: object, expected: type) -> None:
         raise ProtocolError(f"{kind}.{name}: expected a 64-bit integer, got {value.bit_length()} bits")
 
 
-def split(message: WireMessage) -> tuple[bytes, dict[str, bytes]]:
+Packed = dict[int, tuple[bytes, str]]  # by the array's id: its raw bytes and their SHA-256
+
+
+def split(message: WireMessage, packed: Packed | None = None) -> tuple[bytes, dict[str, bytes]]:
     """A message as its head and its raw vectors, in field order.
+
+    Args:
+        message: any kind.
+        packed: vectors that several messages share are copied and hashed once; used only while all of these messages
+            are alive.
 
     Raises:
         ProtocolError: a field has the wrong type, or a vector the wrong dtype or more than one dimension.
@@ -382,8 +392,14 @@ def split(message: WireMessage) -> tuple[bytes, dict[str, bytes]]:
         array = cast("NDArray[Any]", getattr(message, name))
         if array.dtype != np.dtype(dtype) or array.ndim != 1:
             raise ProtocolError(f"{kind.__name__}.{name}: expected 1-D {dtype}, got {array.ndim}-D {array.dtype.str}")
-        vectors[name] = array.astype(dtype, copy=False).tobytes()
-        described[name] = {"count": int(array.size), "sha256": hashlib.sha256(vectors[name]).hexdigest()}
+        raw, digest = (packed or {}).get(id(array), (b"", ""))
+        if not digest:
+            raw = array.astype(dtype, copy=False).tobytes()
+            digest = hashlib.sha256(raw).hexdigest()
+            if packed is not None:
+                packed[id(array)] = raw, digest
+        vectors[name] = raw
+        described[name] = {"count": int(array.size), "sha256": digest}
     header = _canonical({"fields": scalars, "vectors": described})
     return _PREFIX.pack(MAGIC, PROTOCOL_VERSION, kind.KIND, len(header)) + header, vectors
 

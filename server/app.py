@@ -6,6 +6,8 @@ Leaves: instructions, the same one to every site of a phase. Private: nothing of
 
 from __future__ import annotations
 
+import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,11 +20,14 @@ from flwr.serverapp import Grid, ServerApp
 from ..common.config import RunConfig, load_run
 from ..common.dictionary import Dictionary, load_dictionary
 from ..common.errors import ConfigError, ProtocolError
-from ..common.messages import HEAD_RECORD, VECTOR_RECORD, Failure, Instruction, Reply, dtypes_of, join, split
+from ..common.identity import Identity, fingerprint
+from ..common.key_file import passphrase, read_key
+from ..common.messages import HEAD_RECORD, VECTOR_RECORD, Failure, Instruction, Packed, Reply, dtypes_of, join, split
 from ..common.roster import Roster
 from .aggregation import SecureSums, Sums
 from .journal import Journal, open_journal
 from .phases import Answer, Consortium
+from .receipts import Receipts
 from .run import run_all
 from .tracking import Progress, SilentProgress
 
@@ -52,11 +57,13 @@ class FlowerExchange:
     def ask(self, instructions: Mapping[int, Instruction]) -> Iterator[Answer]:
         """One answer for every node: its reply, its failure, or silence when the deadline has passed."""
         sizes: dict[int, int] = {}
-        packed: dict[int, tuple[RecordDict, int]] = {}  # one instruction for all is packed once
+        # One instruction for all is packed once; of several that differ in their receipt, the vectors are.
+        packed: dict[int, tuple[RecordDict, int]] = {}
+        vectors: Packed = {}
         messages: list[Message] = []
         for node, instruction in instructions.items():
             if id(instruction) not in packed:
-                packed[id(instruction)] = _pack(instruction)
+                packed[id(instruction)] = _pack(instruction, vectors)
             content, sizes[node] = packed[id(instruction)]
             messages.append(
                 Message(
@@ -68,7 +75,7 @@ class FlowerExchange:
                 )
             )
         pending = dict(zip(instructions, self.grid.push_messages(messages), strict=True))
-        del messages, packed
+        del messages, packed, vectors
         sent = time.monotonic()
         while pending:
             for node, message_id in list(pending.items()):
@@ -84,9 +91,9 @@ class FlowerExchange:
                 time.sleep(min(max(_POLL_S[0], _POLL_SHARE * waited), _POLL_S[1]))
 
 
-def _pack(instruction: Instruction) -> tuple[RecordDict, int]:
+def _pack(instruction: Instruction, packed: Packed) -> tuple[RecordDict, int]:
     """An instruction as a Flower message's content, and its size in bytes."""
-    head, vectors = split(instruction)
+    head, vectors = split(instruction, packed)
     arrays = {
         name: Array(dtype=str(dtype), shape=(len(data) // dtype.itemsize,), stype=STYPE, data=data)
         for (name, data), dtype in zip(vectors.items(), dtypes_of(type(instruction)).values(), strict=True)
@@ -109,9 +116,8 @@ def _answer(node: int, message: Message, bytes_down: int) -> Answer:
         reply = join(head, vectors, Reply)
     except ProtocolError:
         return Answer(node, None, ProtocolError.code, size, bytes_down)
-    if isinstance(reply, Failure):
-        return Answer(node, reply, reply.code or "failure", size, bytes_down)
-    return Answer(node, reply, "", size, bytes_down)
+    code = (reply.code or "failure") if isinstance(reply, Failure) else ""
+    return Answer(node, reply, code, size, bytes_down, hashlib.sha256(head).hexdigest())
 
 
 def run(
@@ -122,22 +128,34 @@ def run(
     journal: Journal,
     *,
     make_sums: Callable[[Consortium], Sums],
+    identity: Identity,
     split_key: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """A whole run over a Flower grid: `run_all`, which see."""
+    """A whole run over a Flower grid: `run_all`, which see. `identity`: the coordinator's, which signs receipts."""
     exchange = FlowerExchange(grid, config.federation.phase_timeout_s)
-    progress = progress or SilentProgress()
-    return run_all(
-        exchange, config, dictionary, out, journal, make_sums=make_sums, split_key=split_key, progress=progress
-    )
+    with Receipts.open(journal, identity) as receipts:
+        return run_all(
+            exchange,
+            config,
+            dictionary,
+            out,
+            journal,
+            make_sums=make_sums,
+            split_key=split_key,
+            progress=progress or SilentProgress(),
+            receipts=receipts,
+        )
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Entry under Flower: `run_config` names config, dictionary, roster and run folder on this machine."""
+    """Entry under Flower: `run_config` names config, dictionary, roster, the coordinator's key and run folder here.
+
+    The key's passphrase is in WARDROUND_PASSPHRASE, or in the file that `passphrase-file` names.
+    """
     settings = context.run_config
-    for key in ("config", "dictionary", "roster", "out"):
+    for key in ("config", "dictionary", "roster", "key", "out"):
         if not isinstance(settings.get(key), str):
             raise ConfigError(f"run config: expected '{key}', a path")
     config, out = load_run(Path(str(settings["config"]))), Path(str(settings["out"]))
@@ -146,5 +164,36 @@ def main(grid: Grid, context: Context) -> None:
         raise ConfigError("federation.secure_aggregation = 'none': only a simulation adds up in the clear")
     file = Path(str(settings["roster"]))
     roster = Roster.parse(file.read_bytes(), str(file))
+    identity = read_coordinator(settings, roster)
     with open_journal(out, config, resume=bool(settings.get("resume", False))) as journal:
-        run(grid, config, dictionary, out, journal, make_sums=lambda consortium: SecureSums(consortium, roster))
+        run(
+            grid,
+            config,
+            dictionary,
+            out,
+            journal,
+            make_sums=lambda consortium: SecureSums(consortium, roster),
+            identity=identity,
+        )
+
+
+def read_coordinator(settings: Mapping[str, Any], roster: Roster) -> Identity:
+    """The coordinator's identity, from what the run config names.
+
+    Args:
+        settings: "key", as `wardround server roster make` wrote it; "passphrase-file", unless WARDROUND_PASSPHRASE is
+            set.
+        roster: which it must have signed, else no site would take its receipts.
+
+    Raises:
+        ConfigError: the key cannot be opened; it is another coordinator's.
+    """
+    named = settings.get("passphrase-file")
+    secret = passphrase(Path(str(named)) if named else None, os.environ, "passphrase-file")
+    identity = read_key(Path(str(settings["key"])), secret)
+    if identity.id != roster.coordinator:
+        raise ConfigError(
+            f"{settings['key']}: the key of {identity.fingerprint}, and the roster is signed by "
+            f"{fingerprint(roster.coordinator)}: expected its key"
+        )
+    return identity

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from .receipts_cli import receipts
 from .roster_cli import roster
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -17,7 +18,8 @@ def server() -> None:
     """The coordinator: public warm-up, rounds, final model, report."""
 
 
-server.add_command(roster)
+for command in (roster, receipts):
+    server.add_command(command)
 
 
 @server.command(epilog="Example: wardround server warmup demo --out adapters --set warmup.steps=160")

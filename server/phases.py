@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from ..common.config import NAME, RunConfig
-from ..common.errors import ProtocolError, SumError, VerificationError
+from ..common.errors import LedgerBehindError, ProtocolError, SumError, VerificationError
 from ..common.messages import Instruction, Reply
 from .cohort import Cohort
 from .journal import Journal
+from .receipts import Receipts
 from .tracking import Progress
 
 _CODE = re.compile(r"[a-z-]{1,32}")
@@ -24,13 +25,14 @@ _NAME = re.compile(NAME)
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What came of one instruction to one node: a reply and "", or a code; and the bytes each way."""
+    """What came of one instruction to one node: a reply and "", or a code; the bytes each way; SHA-256 of its head."""
 
     node: int
     reply: Reply | None
     code: str
     bytes_up: int
     bytes_down: int
+    sha256: str = ""
 
 
 class Exchange(Protocol):
@@ -75,12 +77,13 @@ class PhaseResult(Generic[Expected]):
 
 @dataclass(eq=False)
 class Consortium:
-    """The sites of one run, asked phase by phase."""
+    """The sites of one run, asked phase by phase. `receipts`: what is signed for replies; None: nothing is."""
 
     exchange: Exchange
     config: RunConfig
     journal: Journal
     progress: Progress
+    receipts: Receipts | None = None
     cohort: Cohort = field(init=False)
 
     def __post_init__(self) -> None:
@@ -125,12 +128,13 @@ class Consortium:
         round_index = next((one.round_index for one in each.values()), 0)
         self.progress.begin(phase, round_index, list(asked.values()))
         result: PhaseResult[Expected] = PhaseResult(failures=dict.fromkeys(absent, "absent"))
-        for answer in self.exchange.ask(each):
+        for answer in self.exchange.ask(self._with_receipts(each, asked)):
             result.traffic.bytes_up += answer.bytes_up
             result.traffic.bytes_down += answer.bytes_down
             name, reply, code = asked[answer.node], answer.reply, answer.code
             if name not in self.cohort.nodes and reply is not None and _NAME.fullmatch(reply.site):
                 name = reply.site  # its first words; anything but a name is never shown
+            signed = self._sign_for(answer, each[answer.node])
             if not code and isinstance(reply, expected) and _fits(reply, each[answer.node], name):
                 try:
                     take(answer.node, reply)
@@ -140,6 +144,8 @@ class Consortium:
                     code = error.code
             else:
                 code = code or ProtocolError.code
+            if not signed:  # it was a stranger until now
+                self._sign_for(answer, each[answer.node])
             if code:
                 # A stranger that claims a known site's name must not make that site look broken.
                 name = name if self.cohort.nodes.get(name, answer.node) == answer.node else f"node {answer.node}"
@@ -151,6 +157,26 @@ class Consortium:
         result.sites.sort()
         self.journal.add_losses(phase, round_index, result.failures)
         return result
+
+    def _with_receipts(self, each: Mapping[int, Instruction], asked: Mapping[int, str]) -> Mapping[int, Instruction]:
+        """The instructions, each with the newest receipt for its site."""
+        if self.receipts is None:
+            return each
+        newest = {node: self.receipts.newest(asked[node]) for node in each}
+        return {node: replace(one, receipt=newest[node]) if newest[node] else one for node, one in each.items()}
+
+    def _sign_for(self, answer: Answer, instruction: Instruction) -> bool:
+        """Signs for a reply of the node that is known as this site; whether it did.
+
+        Not for a ledger that says it is behind: it would be made whole by saying so. Nor for a stranger with a name.
+        """
+        reply, asked = answer.reply, (instruction.run_id, instruction.round_index)
+        if self.receipts is None or reply is None or not answer.sha256 or answer.code == LedgerBehindError.code:
+            return False
+        if self.cohort.nodes.get(reply.site) != answer.node or (reply.run_id, reply.round_index) != asked:
+            return False
+        self.receipts.note(reply.site, reply.round_index, instruction.ROUTE, answer.bytes_up, answer.sha256)
+        return True
 
     def ask(
         self,

@@ -40,6 +40,7 @@ from .aggregation import Sums, Work
 from .evaluate import MODELS, evaluate, read_samples, write_evaluation
 from .journal import Journal
 from .phases import Consortium, Exchange
+from .receipts import Receipts
 from .report import rewrite as write_report_of
 from .roll_call import RollCall
 from .rounds import Rounds, State
@@ -250,6 +251,7 @@ def run_all(
     make_sums: Callable[[Consortium], Sums],
     split_key: str | None,
     progress: Progress,
+    receipts: Receipts | None = None,
 ) -> dict[str, Any]:
     """A whole run, from an empty folder or from wherever its journal says.
 
@@ -262,6 +264,7 @@ def run_all(
         make_sums: how what sites made is added up, given the sites.
         split_key: as `Coordinator`.
         progress: who is told.
+        receipts: of what sites send, open; None: they get none.
 
     Returns:
         The content of evaluation.json.
@@ -271,7 +274,7 @@ def run_all(
     """
     prompt_digest = load_prompt(config.model.prompt).digest()
     write_atomic(out / "config.resolved.toml", to_toml(config).encode(), mode=0o644)
-    consortium = Consortium(exchange, config, journal, progress)
+    consortium = Consortium(exchange, config, journal, progress, receipts)
     adding = make_sums(consortium)
     run = Coordinator(config, dictionary, out, journal, consortium, adding, split_key)
     round_zero, warmup_report = run.round_zero()

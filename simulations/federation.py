@@ -31,7 +31,7 @@ from ..common.dictionary import dump_dictionary, load_dictionary
 from ..common.errors import ConfigError, RunFolderError, UserError
 from ..common.files import private_folder, write_atomic
 from ..common.identity import Card, Identity
-from ..common.key_file import write_key
+from ..common.key_file import passphrase, read_key, write_key
 from ..common.lm.packaged import resolve, weight_files
 from ..common.roster import Roster
 from ..common.schema import derive_schema
@@ -47,7 +47,7 @@ from .plain import PlainSums
 __all__ = ["InProcessGrid", "SilentProgress", "simulate"]
 
 SYNTHETIC_PATIENTS = 2000
-ROSTER, PASSPHRASE = "roster.json", "passphrase.txt"
+ROSTER, PASSPHRASE, COORDINATOR = "roster.json", "passphrase.txt", "coordinator.pem"
 _COORDINATOR_NODE = 1
 _ANY_BYTES = 2**62  # what a simulated site sends stays on this machine
 
@@ -163,6 +163,7 @@ def simulate(
                 out,
                 journal,
                 make_sums=make_sums,
+                identity=_coordinator(out / "sites"),
                 split_key=split_key(config),
                 progress=progress,
             )
@@ -172,6 +173,11 @@ def simulate(
             raise
         finally:
             site.on_step = None
+
+
+def _coordinator(folder: Path) -> Identity:
+    """The key that signed the roster of the simulated sites, and signs their receipts."""
+    return read_key(folder / COORDINATOR, passphrase(folder / PASSPHRASE, {}, PASSPHRASE))
 
 
 def _site_files(out: Path, config: RunConfig) -> list[Path]:
@@ -328,14 +334,17 @@ def write_sites(registry: Registry, parts: Sequence[np.ndarray], config: RunConf
     dictionary, names = dump_dictionary(registry.dictionary), site_names(len(parts))
     identities = {name: Identity.generate() for name in names}
     cards = [Card.make(identity, name) for name, identity in identities.items()]
-    roster = Roster.first(Identity.generate(), f"simulation-{config.name}", cards)
+    coordinator, secret = Identity.generate(), secrets.token_hex(16).encode()
+    roster = Roster.first(coordinator, f"simulation-{config.name}", cards)
     (making / ROSTER).write_text(roster.to_json(), encoding="utf-8")
+    write_atomic(making / PASSPHRASE, secret)
+    write_key(making / COORDINATOR, coordinator, secret)
     for name, rows in zip(names, parts, strict=True):
         site = making / name
         private_folder(site / "state")
-        passphrase = secrets.token_hex(16)
-        write_atomic(site / PASSPHRASE, passphrase.encode())
-        write_key(site / "state" / "identity.pem", identities[name], passphrase.encode())
+        secret = secrets.token_hex(16).encode()
+        write_atomic(site / PASSPHRASE, secret)
+        write_key(site / "state" / "identity.pem", identities[name], secret)
         write_registry(registry.take(rows), site / "registry.parquet")
         (site / "dictionary.toml").write_text(dictionary, encoding="utf-8")
         settings = SiteConfig(

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from flwr.app import Context, Message, RecordDict
-from wardround.client import gate, payload, sharing, update
+from wardround.client import gate, payload, update
 from wardround.client import identity as client_identity
 from wardround.client.app import app, pack, unpack
 from wardround.client.folder import Site
@@ -294,7 +294,7 @@ def test_a_real_site_refuses_sums_in_the_clear_before_it_reads_a_patient(
 
 
 def test_a_real_site_takes_part_in_secure_sums(folder: Path, run: RunConfig, round_zero: GlobalModel):
-    edit(folder, "simulated = true", "simulated = false")
+    edit(folder, "simulated = true", "simulated = false\nrequire_privacy = false")
     assert isinstance(ask(folder, warm(folder, run, round_zero)), WarmupReply)
     assert isinstance(ask(folder, count(folder, run, round_zero.digest)), KeysReply)
 
@@ -311,10 +311,9 @@ def test_a_simulated_site_sends_no_count_in_the_clear_either(folder: Path, run: 
     [
         (r'roster_digest = "\w+"', f'roster_digest = "{"0" * 64}"', "verification"),
         (r'roster_digest = "\w+"', "", "config"),
-        (r'passphrase_file = "[\w.]+"', "", "config"),
         (r'name = "site-01"', 'name = "site-9"', "verification"),
     ],
-    ids=["another-roster", "no-roster", "no-passphrase", "another-name"],
+    ids=["another-roster", "no-roster", "another-name"],
 )
 def test_a_site_whose_identity_or_roster_is_not_usable_gives_no_keys(
     folder: Path, run: RunConfig, round_zero: GlobalModel, pattern: str, new: str, code: str,
@@ -329,6 +328,21 @@ def test_a_site_whose_identity_or_roster_is_not_usable_gives_no_keys(
     client_identity._loaded.clear()
     reply = ask(folder, count(folder, run, round_zero.digest))
     assert isinstance(reply, Failure) and reply.code == code
+
+
+@pytest.mark.parametrize("lost", ["passphrase", "key"])
+def test_a_site_that_cannot_sign_its_ledger_answers_nothing(
+    folder: Path, run: RunConfig, round_zero: GlobalModel, lost: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("WARDROUND_PASSPHRASE", raising=False)
+    ask(folder, warm(folder, run, round_zero))
+    before = (folder / "state" / "ledger.jsonl").read_bytes()
+    (folder / ("passphrase.txt" if lost == "passphrase" else "state/identity.pem")).unlink()
+    client_identity._loaded.clear()
+    message = send(folder, count(folder, run, round_zero.digest))
+    assert not message.has_content() and message.error.reason == "site"
+    assert (folder / "state" / "ledger.jsonl").read_bytes() == before
+    assert "nothing leaves: ConfigError: " in log(folder)
 
 
 def test_an_unexpected_exception_leaves_as_a_code(folder: Path, run: RunConfig, monkeypatch: pytest.MonkeyPatch):

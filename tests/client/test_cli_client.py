@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from wardround.client.ledger import Ledger
 from wardround.client.registry import read_registry, split_rows
 from wardround.common.cli import main
 from wardround.common.dictionary import Dictionary, dump_dictionary, load_dictionary
@@ -325,46 +324,6 @@ def test_evaluate_tells_before_it_scores_that_it_cannot_write(tmp_path: Path, ca
     assert code == 2 and "expected a folder, got a file" in err and err.count("\n") == 1
 
 
-def site_with_a_ledger(folder: Path, entries: int) -> Ledger:
-    (folder / "site.toml").write_text('name = "east"\ntable = "t.csv"\ndictionary = "d.toml"\n')
-    (folder / "state").mkdir()
-    ledger = Ledger(folder / "state" / "ledger.jsonl")
-    for index in range(entries):
-        ledger.append(
-            "refusal" if index == 2 else "egress", run_id="0f" * 16, round_index=index, phase="train.local",
-            purpose="statistics", size_bytes=1000, sha256="ab", code="refused" if index == 2 else "",
-        )  # fmt: skip
-    return ledger
-
-
-def test_the_ledger_is_shown_and_verified(tmp_path: Path, capsys):
-    ledger = site_with_a_ledger(tmp_path, 3)
-    code, out, _ = run(capsys, "client", "ledger", "show", tmp_path / "site.toml")
-    assert code == 0 and "3 entries" in out and "refusal: refused" in out and "2,000" in out and "0f0f0f0f" in out
-    for entry, line in zip(ledger.entries(), out.splitlines()[2:], strict=True):  # a line each, however wide it is
-        assert line.split()[:3] == [str(entry["n"]), *entry["time"][:19].split("T")] and "train.local" in line
-    code, out, _ = run(capsys, "client", "ledger", "show", tmp_path / "site.toml", "--json")
-    assert code == 0 and [json.loads(line) for line in out.splitlines()] == list(ledger.entries())
-    code, out, _ = run(capsys, "client", "ledger", "verify", tmp_path / "site.toml")
-    assert code == 0 and out == f"{ledger.path}: 3 entries, each as it was written\n"
-
-
-def test_a_changed_ledger_names_its_first_bad_line(tmp_path: Path, capsys):
-    ledger = site_with_a_ledger(tmp_path, 3)
-    ledger.path.write_bytes(ledger.path.read_bytes().replace(b'"round":1', b'"round":7'))
-    for command in ("show", "verify"):
-        code, out, err = run(capsys, "client", "ledger", command, tmp_path / "site.toml")
-        assert (code, out) == (2, "")
-        assert err == f"error: {ledger.path}: line 3 does not follow the line before it\n"
-
-
-def test_a_site_that_sent_nothing_has_an_empty_ledger_and_gets_no_folder(tmp_path: Path, capsys):
-    (tmp_path / "site.toml").write_text('name = "east"\ntable = "t.csv"\ndictionary = "d.toml"\n')
-    assert "0 entries" in run(capsys, "client", "ledger", "verify", tmp_path / "site.toml")[1]
-    assert "0 entries" in run(capsys, "client", "ledger", "show", tmp_path / "site.toml")[1]
-    assert not (tmp_path / "state").exists()
-
-
 def test_check_refuses_a_policy_that_names_no_feature(ward: Path, capsys):
     (ward / "site.toml").write_text(
         'name = "east"\ntable = "good.csv"\ndictionary = "ward.toml"\n[policy]\ntargets_never_asked = ["hiv"]\n'
@@ -411,6 +370,8 @@ def test_evaluate_refuses_in_one_line_and_writes_nothing(
         ["client", "questions"],
         ["client", "ledger", "show"],
         ["client", "ledger", "verify"],
+        ["client", "ledger", "export"],
+        ["client", "policy", "explain"],
         ["evaluate"],
     ],
 )

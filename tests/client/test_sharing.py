@@ -18,12 +18,21 @@ from typing import Any
 import numpy as np
 import pytest
 from wardround.client import gate, payload, sharing, update
+from wardround.client import identity as client_identity
 from wardround.client.folder import Site, SiteRun
 from wardround.client.identity import SiteKeys
 from wardround.client.sharing import Book, Sharing
 from wardround.common import identity as identity_module
 from wardround.common import sums
-from wardround.common.config import FederationConfig, IdentityConfig, PolicyConfig, RunConfig, SiteConfig, to_toml
+from wardround.common.config import (
+    NO_PRIVACY,
+    FederationConfig,
+    IdentityConfig,
+    PolicyConfig,
+    RunConfig,
+    SiteConfig,
+    to_toml,
+)
 from wardround.common.errors import ConfigError, ProtocolError, SumError, VerificationError, WardroundError
 from wardround.common.files import private_folder
 from wardround.common.identity import Card, Identity
@@ -47,7 +56,9 @@ from wardround.common.secagg.client_state import ClientSum
 from wardround.common.secagg.keys import COUNTS, UPDATE, Advert, bitmap, smallest_threshold
 from wardround.common.secagg.server_state import Attempt
 
-RUN = RunConfig(name="trial", seed=5, federation=FederationConfig(update_range=1.0, weighting="patients"))
+RUN = RunConfig(
+    name="trial", privacy=NO_PRIVACY, seed=5, federation=FederationConfig(update_range=1.0, weighting="patients")
+)
 RUN_ID, OTHER_RUN_ID = "ab" * 16, "cd" * 16
 MODEL, OTHER_MODEL = "11" * 32, "22" * 32
 COORDINATOR = Identity.from_seed(b"k" * 32)
@@ -107,7 +118,7 @@ class House:
         return self.identity.id
 
     def open(self) -> Site:
-        sharing._identities.clear()
+        client_identity._loaded.clear()
         return Site.open(self.folder / "site.toml")
 
     def files(self) -> dict[str, bytes | None]:
@@ -470,7 +481,7 @@ def test_messages_of_another_round_run_purpose_or_attempt_are_refused(houses: li
 
 def test_a_message_of_another_protocol_version_is_refused():
     message = encode(SharesInstruction(**About().of_sum(), threshold=4, key_list=array(b"")))
-    for version in (0, 1, 3, 65535):
+    for version in (0, 2, 4, 65535):
         with pytest.raises(ProtocolError, match="version"):
             decode(message[:4] + version.to_bytes(2, "little") + message[6:], SharesInstruction)
 
@@ -839,7 +850,7 @@ def test_errors_logs_and_reprs_hold_nothing_secret(houses: list[House]):
     ]
     replies = []
     for instruction, code in asks:
-        sharing._identities.clear()
+        client_identity._loaded.clear()
         reply_head, vectors = gate.respond(house.folder / "site.toml", type(instruction), *split(instruction))
         reply = join(reply_head, vectors, Reply)
         assert isinstance(reply, Failure) and reply.code == code, reply

@@ -88,7 +88,7 @@ def test_a_straightforward_reader_finds_every_field_in_the_bytes(name: str):
     header = json.loads(data[PREFIX.size : PREFIX.size + size])
     rest = data[PREFIX.size + size :]
     expected = sample(kind)
-    assert (magic, version, number) == (b"WARD", 2, kind.KIND)
+    assert (magic, version, number) == (b"WARD", 3, kind.KIND)
     assert header["fields"] == {key: getattr(expected, key) for key in header["fields"]}
     for key in [item for item in vars(expected) if item in header["vectors"]]:
         values = getattr(expected, key)
@@ -172,7 +172,7 @@ GOOD = encode(sample(WarmupReply))
     [
         (GOOD[:5], "expected at least 12 bytes, got 5"),
         (b"NOPE" + GOOD[4:], "expected magic b'WARD', got b'NOPE'"),
-        (GOOD[:4] + b"\x01\x00" + GOOD[6:], "expected protocol version 2, got 1"),
+        (GOOD[:4] + b"\x01\x00" + GOOD[6:], "expected protocol version 3, got 1"),
         (GOOD[:6] + b"\x63\x00" + GOOD[8:], "expected a known message kind, got 99"),
         (GOOD[:6] + b"\x0a\x00" + GOOD[8:], "expected a known message kind, got 10"),  # CollectReply of version 1
         (GOOD[:8] + b"\xff\xff\xff\xff" + GOOD[12:], "expected a header of at most"),

@@ -40,6 +40,8 @@ clientapp = "{clientapp}"
 config = ""
 dictionary = ""
 roster = ""
+key = ""
+passphrase-file = ""
 out = ""
 resume = false
 """

@@ -170,6 +170,8 @@ def test_the_app_runs_from_its_paths_and_continues_with_resume(
         "config": str(tmp_path / "run.toml"),
         "dictionary": str(sites[0].parent / "dictionary.toml"),
         "roster": str(tmp_path / "sites" / "roster.json"),
+        "key": str(tmp_path / "sites" / "coordinator.pem"),
+        "passphrase-file": str(tmp_path / "sites" / "passphrase.txt"),
         "out": str(tmp_path / "run"),
     }
     server.main(InProcessGrid(client, sites), context(**paths))
@@ -183,7 +185,7 @@ def test_the_app_runs_from_its_paths_and_continues_with_resume(
     assert (tmp_path / "run" / "report.html").read_bytes() == report
 
 
-NAMES = ("config", "dictionary", "roster", "out")
+NAMES = ("config", "dictionary", "roster", "key", "out")
 
 
 def test_real_sites_are_never_asked_to_add_up_in_the_clear(tmp_path: Path):
@@ -192,7 +194,8 @@ def test_real_sites_are_never_asked_to_add_up_in_the_clear(tmp_path: Path):
     )
     paths = {"config": str(tmp_path / "run.toml"), "dictionary": str(packaged("registries", "support_icu.toml"))}
     with pytest.raises(ConfigError, match="only a simulation adds up in the clear"):
-        server.main(Grid({}), context(**paths, roster=str(tmp_path / "no.json"), out=str(tmp_path / "run")))
+        more = {name: str(tmp_path / "none") for name in ("roster", "key")}
+        server.main(Grid({}), context(**paths, **more, out=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
 

@@ -14,7 +14,15 @@ from wardround.client.folder import Site
 from wardround.common.config import RunConfig, to_toml
 from wardround.common.files import read_record
 from wardround.server import app as server
-from wardround.simulations.federation import ROSTER, InProcessGrid, divide, load_registry, write_sites
+from wardround.simulations.federation import (
+    COORDINATOR,
+    PASSPHRASE,
+    ROSTER,
+    InProcessGrid,
+    divide,
+    load_registry,
+    write_sites,
+)
 
 from .superlink_case import deployment, missing, write_bundle
 
@@ -50,6 +58,8 @@ def paths_of(folder: Path) -> dict[str, str]:
         "config": str(folder / "run.toml"),
         "dictionary": str(folder / "sites" / "site-01" / "dictionary.toml"),
         "roster": str(folder / "sites" / ROSTER),
+        "key": str(folder / "sites" / COORDINATOR),
+        "passphrase-file": str(folder / "sites" / PASSPHRASE),
         "out": str(folder / "run"),
     }
 

@@ -510,7 +510,7 @@ def test_a_site_that_loses_its_identity_is_left_out_where_enough_are_left(tmp_pa
     simulate(config, tmp_path / "run", resume=False, progress=Stolen())
     (line,) = rounds(tmp_path / "run")
     assert line["sites"] == ["site-01", "site-03", "site-04"]
-    assert line["failures"] == {"site-02": "config"}
+    assert line["failures"] == {"site-02": "site"}  # it cannot sign its ledger: not even a code leaves
 
 
 def test_reasoning_questions_run_through_sampled_rollouts(tmp_path: Path, tiny_model_path: Path):

@@ -332,7 +332,8 @@ def test_one_site_that_is_not_simulated_ends_a_run_in_the_clear_and_not_a_secure
 
         def begin(self, phase: str, round_index: int, sites: object) -> None:
             if phase == "warm-up":
-                self.site.write_text(self.site.read_text().replace("simulated = true", "simulated = false"))
+                text = self.site.read_text().replace("simulated = true", "simulated = false\nrequire_privacy = false")
+                self.site.write_text(text)
 
     out = tmp_path / "plain"
     with pytest.raises(QuorumError, match=r"warm-up: .*site-02 \(refused\)"):
