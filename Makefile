@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo learn test test-slow mutants check bench clean
+.PHONY: help install demo demo-private learn test test-slow mutants check bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -41,6 +41,9 @@ $(READY): pyproject.toml constraints.txt Makefile
 
 demo: $(READY)  ## the main job: 4 hospitals, real ICU patients, a real model (OUT=folder; continues or shows a run that is there)
 	$(BIN)/wardround simulate run configs/demo.toml --out $(OUT) --resume
+
+demo-private: $(READY)  ## the demo with patient-level differential privacy
+	$(BIN)/wardround simulate run configs/demo-private.toml --out runs/demo-private --resume
 
 learn: $(READY)  ## the setting that learns, hours long, in pieces if need be: it continues where it stopped
 	$(BIN)/wardround simulate run configs/learn.toml --out runs/learn --resume

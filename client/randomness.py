@@ -45,7 +45,7 @@ class SecureRandom:
     def uniform(self, count: int) -> Float64:
         """float64 (count,), in [0, 1), multiples of 2⁻⁵³."""
         words = np.frombuffer(self._stream.update(bytes(8 * count)), "<u8")
-        return (words >> np.uint64(11)) * 2.0**-53
+        return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def gaussian(self, count: int, std: float) -> torch.Tensor:
         """float64 (count,) on the CPU, mean 0, standard deviation `std`."""

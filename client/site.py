@@ -14,12 +14,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..common import sums
+from ..common import plan, sums
+from ..common.config import RunConfig
 from ..common.counts import count
 from ..common.errors import RefusedError, RegistryError, VerificationError
 from ..common.files import private_folder, read_record, sweep, write_atomic, write_record
@@ -32,6 +34,7 @@ from ..common.messages import (
     FinalizeReply,
     Instruction,
     KeysReply,
+    MaskInstruction,
     SchemaInstruction,
     SchemaReply,
     TrainInstruction,
@@ -43,11 +46,15 @@ from ..common.question import LETTERS, Question
 from ..common.secagg.keys import COUNTS, TEST, UPDATE, VALIDATION
 from ..common.seeds import derive_seed
 from ..common.statistics import Tally
-from . import local_report, payload, policy, sharing, update
+from . import local_report, payload, policy, private_release, sharing, update
 from .folder import Site, SiteRun, TrainingPatients, parse_manifest, parse_schema
 
 if TYPE_CHECKING:
     from ..common.lm.models import LanguageModel
+    from ..common.privacy import Event
+    from .ledger import Spend
+    from .private_optimizer import PrivateSteps
+    from .randomness import SecureRandom
 
 EVALUATED = ("base", "warmup", "final")
 # Called with (site, steps done, steps) in local training; set by a process that runs sites and shows their progress.
@@ -93,13 +100,19 @@ def count_registry(site: Site, instruction: CountInstruction) -> KeysReply:
 
     def work() -> payload.Payload:
         policy.check_patients(site.config.policy, run.config.privacy, len(site.patients_of("train")))
-        rows = site.splits["train"]
+        privacy, patients = run.config.privacy, site.patients_of("train")
+        random = _spend(run, plan.schema_event, "counts behind the question schema") if privacy.enabled else None
+        rows = site.splits["train"] if random is None else private_release.one_row_each(patients, random)
         counts = count({name: column[rows] for name, column in site.registry.values.items()}, site.dictionary)
-        ring, most = counts.to_vector(), sums.count_limit(run.config)
-        if ring.max() > most:
+        vector, most = counts.to_vector(), sums.count_limit(run.config)
+        if vector.max() > most:
             raise RegistryError(f"more than {most} patients in a bin: lower federation.max_sites")
-        tail = np.array([len(site.patients_of("train"))], np.int64)
-        return payload.Payload(instruction.model_digest, inputs, ring.astype(np.uint32), tail)
+        if random is None:
+            ring, number = vector.astype(np.uint32), len(patients)
+        else:  # how many patients there are is not sent either
+            ring = private_release.noised_counts(vector, counts.layout, privacy.schema_noise_multiplier, random)
+            number = privacy.declared_patients
+        return payload.Payload(instruction.model_digest, inputs, ring, np.array([number], np.int64))
 
     return _offered(run, COUNTS, instruction.attempt, inputs, work)
 
@@ -139,6 +152,7 @@ def _train(run: SiteRun, instruction: TrainInstruction, input_digest: str) -> up
     source = TrainingPatients(run.builder(schema), run.site.patients_of("train"), targets)
     policy.check_patients(run.site.config.policy, run.config.privacy, source.n_patients)
     update.claim(run.folder, instruction.round_index, input_digest)
+    private = _private_steps(run) if run.config.privacy.enabled else None
     from .grpo import train_local_round  # trl takes seconds: not before everything was checked
 
     def tell(done: int, steps: int, _reward: float) -> None:
@@ -154,6 +168,7 @@ def _train(run: SiteRun, instruction: TrainInstruction, input_digest: str) -> up
         run.config,
         seed=seed,
         round_index=index,
+        private=private,
         on_step=tell,
     )
     federation = run.config.federation
@@ -167,7 +182,11 @@ def _train(run: SiteRun, instruction: TrainInstruction, input_digest: str) -> up
         "boxed": result.boxed,
         "completion_tokens": result.completion_tokens,
     }
-    tail = [*(int(values[name]) for name in sums.UPDATE_TAIL), *map(int, result.reward_histogram)]
+    histogram = [int(number) for number in result.reward_histogram]
+    if private is not None:  # who was drawn and what was right stays here; weight, clipping and steps say nothing of it
+        values |= dict.fromkeys(("questions", "completions", "reward", "boxed", "completion_tokens"), 0)
+        histogram = [0] * len(histogram)
+    tail = [*(int(values[name]) for name in sums.UPDATE_TAIL), *histogram]
     return update.StoredUpdate(
         input_digest=input_digest,
         model_digest=instruction.model_digest,
@@ -175,6 +194,56 @@ def _train(run: SiteRun, instruction: TrainInstruction, input_digest: str) -> up
         delta=update.difference(result.vector, model.trainable),
         tail=np.array(tail, np.int64),
     )
+
+
+def _private_steps(run: SiteRun) -> PrivateSteps:
+    """Spends a round's event, and says how its steps are made private."""
+    from .private_optimizer import PrivateSteps  # imports torch
+
+    privacy = run.config.privacy
+    assert privacy.max_grad_norm is not None
+    random = _spend(run, plan.round_event, "training steps of a round")
+    return PrivateSteps(
+        noise_multiplier=plan.noise_multiplier(run.config),
+        max_grad_norm=privacy.max_grad_norm,
+        rate=plan.rate(run.config),
+        expected_patients=run.config.grpo.patients_per_step,
+        random=random,
+    )
+
+
+def _spend(run: SiteRun, of: Callable[[RunConfig], Event], purpose: str) -> SecureRandom:
+    """Records what is about to be spent of the privacy budget, before it is; the randomness to spend it with.
+
+    An instruction that comes again spends once. It is worked on again only while nothing of the first work has left: a
+    second noise on the same numbers would be a second release.
+
+    Raises:
+        RefusedError: the budget does not hold; released already, and the record of it is gone.
+    """
+    from .randomness import SecureRandom  # imports torch
+
+    config, instruction, ledger = run.config, run.instruction, run.site.ledger
+    event = of(config)
+
+    def afford(history: Sequence[Spend]) -> Mapping[str, float]:
+        return policy.check_spend(
+            run.site.config.policy,
+            history,
+            event,
+            run_id=instruction.run_id,
+            plan=plan.events(config),
+            privacy=config.privacy,
+        )
+
+    new = ledger.spend(event.to_json(), instruction.run_id, instruction.round_index, purpose, afford)
+    if not new and any(
+        (entry["kind"], entry["phase"], entry["run"], entry["round"])
+        == ("egress", MaskInstruction.ROUTE, instruction.run_id, instruction.round_index)
+        for entry in ledger.entries()
+    ):
+        raise RefusedError(f"{purpose}: released already, and the file that held it is gone; it is not made again")
+    return SecureRandom()
 
 
 def validate(site: Site, instruction: ValidateInstruction) -> KeysReply:
@@ -210,7 +279,7 @@ def evaluate(site: Site, instruction: EvaluateInstruction) -> EvaluateReply:
     else:
         tally, samples = _evaluate(run, instruction)
         inputs = sums.input_digest(instruction.schema_digest, instruction.warmup_digest)
-        given = payload.Payload(instruction.model_digest, inputs, np.zeros(0, np.uint32), tally.to_vector())
+        given = payload.Payload(instruction.model_digest, inputs, np.zeros(0, np.uint32), tally)
         payload.store(run.folder, instruction.round_index, TEST, given)
         write_record(path, {"input_digest": wanted, "samples": samples})
     given = payload.require(run.folder, instruction.round_index, TEST)
@@ -228,7 +297,17 @@ def _offered(run: SiteRun, purpose: int, attempt: int, inputs: bytes, work: Call
     return KeysReply(**run.head, advert=sharing.offer(run, purpose, attempt, given))
 
 
-def _evaluate(run: SiteRun, instruction: EvaluateInstruction) -> tuple[Tally, str]:
+def _evaluate(run: SiteRun, instruction: EvaluateInstruction) -> tuple[NDArray[np.int64], str]:
+    """Counts of the test questions' answers, as they may leave, and the samples that may be shown, as JSON."""
+    privacy = run.config.privacy
+    random = _spend(run, plan.metrics_event, "results on test patients") if privacy.enabled else None
+    tally, samples = _scored(run, instruction)
+    if random is None:
+        return tally.to_vector(), samples
+    return private_release.noised_results(tally, privacy.metrics_noise_multiplier, random), samples
+
+
+def _scored(run: SiteRun, instruction: EvaluateInstruction) -> tuple[Tally, str]:
     """The tally of test questions, and the samples that may be shown, as JSON."""
     manifest = run.round_zero.manifest
     warmup, final = GlobalModel(manifest, instruction.warmup), GlobalModel(manifest, instruction.final)

@@ -124,6 +124,7 @@ class Layout:
         for bins in self.bins:
             self.one_way.append(offset)
             offset += bins.fine
+        self.first_table = offset
         self.pairs: dict[tuple[int, int], int] = {}
         for i, j in combinations(range(len(self.features)), 2):
             if self.features[i].role == "outcome" and self.features[j].role == "outcome":

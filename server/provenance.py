@@ -72,7 +72,7 @@ def provenance(
         "secure_aggregation": config.federation.secure_aggregation,
         "min_sites": config.federation.min_sites,
         "colluders": config.federation.colluders,
-        "differential_privacy": "none",
+        "differential_privacy": _differential_privacy(config),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in _PACKAGES},
         "commit": commit(),
@@ -80,6 +80,12 @@ def provenance(
     if simulated and public and split_key is not None:
         facts["split_key"] = split_key
     return facts
+
+
+def _differential_privacy(config: RunConfig) -> str:
+    if not config.privacy.enabled:
+        return "none"
+    return f"epsilon {config.privacy.epsilon:g} at delta {config.privacy.delta:g} for a patient of a site (planned)"
 
 
 def commit() -> str | None:

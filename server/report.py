@@ -49,6 +49,7 @@ def rewrite(run_folder: Path) -> Path:
         provenance=_json(run_folder / "model", "provenance.json"),
         run=run,
         schema=_json(run_folder, "schema.json"),
+        privacy=_json(run_folder, "privacy.json"),
     )
 
 
@@ -61,6 +62,7 @@ def write_report(
     provenance: Mapping[str, Any],
     run: Mapping[str, Any],
     schema: Mapping[str, Any],
+    privacy: Mapping[str, Any],
 ) -> Path:
     """Writes the page, whole or not at all.
 
@@ -72,6 +74,7 @@ def write_report(
         provenance: content of model/provenance.json.
         run: content of run.json: sites, training patients in all, losses, warm-up, validation of round 0, samples.
         schema: content of schema.json.
+        privacy: content of privacy.json.
     """
     if run["warmup"]["source"] == "none":
         evaluation = evaluate.without_warmup(evaluation)
@@ -102,6 +105,7 @@ def write_report(
         no_samples="" if provenance["public"] else _NO_SAMPLES,
         protected=protected(provenance),
         not_protected=not_protected(provenance),
+        privacy=privacy,
         sites=run["sites"],
         schema=_schema_summary(schema, labels),
         provenance=_provenance_rows(provenance),

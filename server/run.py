@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..common import sums
 from ..common.adapter import Manifest
@@ -32,14 +33,16 @@ from ..common.messages import (
     FinalizeReply,
     Reply,
 )
+from ..common.noisy import EVERYTHING, read_counts, read_results
 from ..common.question import load_prompt
 from ..common.schema import Schema, derive_schema
 from ..common.secagg.keys import COUNTS, TEST
 from ..common.statistics import Tally, tally_size
-from .aggregation import Sums, Work
+from .aggregation import Sums, Total, Work
 from .evaluate import MODELS, evaluate, read_samples, write_evaluation
 from .journal import Journal
 from .phases import Consortium, Exchange
+from .privacy_report import privacy_report, write_privacy_report
 from .receipts import Receipts
 from .report import rewrite as write_report_of
 from .roll_call import RollCall
@@ -85,7 +88,7 @@ class Coordinator:
 
             size, inputs = Layout(self.dictionary).size, sums.input_digest(digest)
             total = self.sums.total(Work("counts", "counts", COUNTS, instruction, size, len(sums.COUNTS_TAIL), inputs))
-            counts = Counts.from_vector(total.ring.astype(np.int64), self.dictionary)
+            counts = Counts.from_vector(self._counts(total), self.dictionary)
             made = derive_schema(counts, self.dictionary, self.config.questions)
             about = {"schema": made.to_json(), "sites": total.sites, "patients": int(total.tail[0])}
             self.journal.write("schema", about)
@@ -94,6 +97,24 @@ class Coordinator:
         write_atomic(self.out / "schema.json", schema.to_json().encode() + b"\n", mode=0o644)
         sites.publish(schema)
         return schema
+
+    def _counts(self, total: Total) -> NDArray[np.int64]:
+        """The sum as counts: exact, or with the sites' noise as far as it can be told from them."""
+        privacy = self.config.privacy
+        if not privacy.enabled:
+            return total.ring.astype(np.int64)
+        return read_counts(total.ring, Layout(self.dictionary), privacy.schema_noise_multiplier, len(total.sites))
+
+    def _tally(self, tail: NDArray[np.int64], schema: Schema, sites: int) -> Tally:
+        if not self.config.privacy.enabled:
+            return Tally.from_vector(tail, schema.names, MODELS)
+        return read_results(tail, self._chance(schema), MODELS, sites)
+
+    def _chance(self, schema: Schema) -> float:
+        """Of guessing right, on average over the targets: in a private run it is not counted which were asked."""
+        most = self.config.questions.n_options
+        options = [min(most, sum(share > 0 for share in target.frequencies) or most) for target in schema.targets]
+        return float(np.mean([1 / max(2, number) for number in options]))
 
     def evaluate(self, schema: Schema, warmup: GlobalModel, final: GlobalModel, index: int) -> dict[str, Any]:
         """Base, warmed-up and final model on test patients, once; writes evaluation.json."""
@@ -119,10 +140,11 @@ class Coordinator:
                         self.journal.write("evaluate-samples", {"samples": samples})
 
             inputs = sums.input_digest(schema.digest(), warmup.digest)
-            size = tally_size(schema.names, MODELS)
+            private = self.config.privacy.enabled
+            size = 2 ** (len(MODELS) + 1) if private else tally_size(schema.names, MODELS)
             total = self.sums.total(Work("evaluate", "evaluate", TEST, instruction, 0, size, inputs, take))
-            tally = Tally.from_vector(total.tail, schema.names, MODELS)
-            if tally.n.sum() > len(total.sites) * settings.questions_per_site:
+            tally = self._tally(total.tail, schema, len(total.sites))
+            if not private and tally.n.sum() > len(total.sites) * settings.questions_per_site:
                 raise ProtocolError("sum of test counts: of more questions than were asked for")
             if self.journal.has("evaluate-samples"):
                 samples = self.journal.read("evaluate-samples").values["samples"]
@@ -131,9 +153,9 @@ class Coordinator:
             self.sums.forget("evaluate")
             self.journal.drop("evaluate-samples")
         record = self.journal.read("evaluate")
-        tally = Tally.from_vector(record.vectors["tally"], schema.names, MODELS)
-        sections = {feature.name: feature.section for feature in self.dictionary.features}
         sites = len(record.values["sites"])
+        tally = self._tally(record.vectors["tally"], schema, sites)
+        sections = {feature.name: feature.section for feature in self.dictionary.features} | {EVERYTHING: "all"}
         result = evaluate(tally, sites, sections, settings.bootstrap_samples, self.config.seed)
         write_evaluation(self.out / "evaluation.json", result)
         return result
@@ -238,6 +260,7 @@ class Coordinator:
             "samples": self.journal.read("evaluate").values["samples"],
         }
         write_atomic(self.out / "run.json", json.dumps(content, indent=1, ensure_ascii=False).encode(), mode=0o644)
+        write_privacy_report(self.out / "privacy.json", privacy_report(self.config, trained, len(records)))
         write_report_of(self.out)
 
 

@@ -153,6 +153,7 @@ def case(
             "baseline": {"accuracy": 0.431, "questions": 160},
             "samples": samples,
         },
+        "privacy": {"enabled": False, "statement": "Differential privacy was off: no patient-level guarantee."},
         "schema": {
             "targets": [{"name": name} for name in sections],
             "unusable": {"Height": "too few"},

@@ -187,7 +187,7 @@ def run_folder(folder: Path) -> Path:
     (folder / "config.resolved.toml").write_text(to_toml(values["config"]))
     (folder / "rounds.jsonl").write_text("".join(json.dumps(record) + "\n" for record in values["rounds"]))
     (folder / "model" / "provenance.json").write_text(json.dumps(values["provenance"]))
-    for name in ("evaluation", "run", "schema"):
+    for name in ("evaluation", "run", "schema", "privacy"):
         (folder / f"{name}.json").write_text(json.dumps(values[name]))
     return folder
 
@@ -197,7 +197,7 @@ def test_the_page_is_made_again_from_the_run_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["evaluation.json", "rounds.jsonl", "run.json", "schema.json", "model/provenance.json"]
+    "name", ["evaluation.json", "rounds.jsonl", "run.json", "schema.json", "privacy.json", "model/provenance.json"]
 )
 def test_an_unfinished_run_folder_is_one_clear_line(name: str, tmp_path: Path) -> None:
     folder = run_folder(tmp_path)
