@@ -114,6 +114,8 @@ class _State:
             self.spent.append(Spend(run, index, dict(entry["event"]), dict(entry.get("orders", {}))))
             self.spender = self.count, digest
             return
+        if entry["code"] == LedgerBehindError.code:
+            return  # no reply that a receipt is for: a ledger that is behind does not catch up by saying so
         about = (entry["sha256"], index, entry["phase"], entry["bytes"])  # failures of two phases may be the same bytes
         self.left.setdefault(run, {})[about] = self.count
         self.replies[run] = self.replies.get(run, 0) + 1

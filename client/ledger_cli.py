@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,12 +89,11 @@ def verify(site_toml: Path, receipts: Path | None) -> None:
         lines = [f"{record.path}: {count} entr{'y' if count == 1 else 'ies'}, each as it was written"]
         if checked.signer:
             lines.append(f"signed by {fingerprint(checked.signer)}")
-        confirmed, note = _confirmed(site_toml, config, checked.entries)
         if count:
-            lines.append(note)
+            lines.append(_confirmed(site_toml, config, checked.entries))
         if receipts is not None:
             lines.append(_compare(receipts, config, record))
-        elif count > confirmed:
+        elif count:
             lines.append(
                 f"whether entries after line {count} were cut off, this ledger cannot show: the coordinator's receipts "
                 "can (--receipts), up to its newest"
@@ -103,34 +102,31 @@ def verify(site_toml: Path, receipts: Path | None) -> None:
         click.echo(line)
 
 
-def _confirmed(site_toml: Path, config: SiteConfig, entries: list[dict[str, Any]]) -> tuple[int, str]:
-    """The last line that a receipt in the ledger confirms, and a sentence on the receipts, each of which is checked."""
+def _confirmed(site_toml: Path, config: SiteConfig, entries: list[dict[str, Any]]) -> str:
+    """A sentence on the receipts in the ledger, each of which is checked."""
     from ..common.errors import ConfigError, VerificationError
     from ..common.receipt import Receipt
     from .identity import SiteKeys
 
     held = [(entry["n"], entry["receipt"]) for entry in entries if "receipt" in entry]
     if not held:
-        return 0, "no receipt of the coordinator is in it"
+        return "no receipt of the coordinator is in it"
     try:
         coordinator = SiteKeys(site_toml.resolve().parent, config).roster().coordinator
     except (ConfigError, VerificationError) as error:
-        return 0, f"{len(held)} receipts in it were not checked: {error}"
-    wrong = 0
+        return f"{len(held)} receipts in it were not checked: {error}"
+    good: list[int] = []
     for line, one in held:
         if not 1 <= one["n"] < line:
             raise VerificationError(f"line {line}: its receipt is for line {one['n']}, which is not before it")
         told = entries[one["n"] - 1]
         about = (told["run"], told["round"], told["phase"], config.name, told["bytes"], told["sha256"])
-        try:
+        with suppress(VerificationError):
             Receipt(one["number"], *about, bytes.fromhex(one["signature"])).verify(coordinator)
-        except VerificationError:
-            wrong += 1
-    last = max(one["n"] for _, one in held)
-    if wrong == len(held):
-        return 0, f"{wrong} receipts in it are signed by another coordinator than the pinned roster's"
-    text = f"the coordinator confirmed {len(held) - wrong} replies, the last of them line {last}"
-    return last, text + (f"; {wrong} receipts are signed by another key than the pinned roster's" if wrong else "")
+            good.append(one["n"])
+    wrong, replies = len(held) - len(good), "reply" if len(good) == 1 else "replies"
+    text = f"the coordinator confirmed {len(good)} {replies}" + (f", the last of them line {max(good)}" if good else "")
+    return text + (f"; {wrong} more are signed by another key than the pinned roster's" if wrong else "")
 
 
 def _compare(path: Path, config: SiteConfig, record: Ledger) -> str:

@@ -113,7 +113,12 @@ def check_instruction(
         allowed = ", ".join(map(repr, policy.tasks)) or "none"
         raise RefusedError(f"policy.tasks: this hospital allows {allowed}, the coordinator asks for '{task}'")
     if not of_sum:
-        check_hours(policy, now or datetime.now())
+        check_hours(policy, now or local_time())
+
+
+def local_time() -> datetime:
+    """This machine's clock, in its time zone."""
+    return datetime.now()
 
 
 def _open(policy: PolicyConfig, dictionary: Dictionary) -> bool:

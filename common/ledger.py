@@ -183,10 +183,9 @@ def _unsigned(number: int, source: str) -> Never:
 
 def _blame(lines: Sequence[bytes], number: int, source: str, ids: Sequence[bytes]) -> Never:
     """Says which line broke the chain where line `number` does not follow the line before it."""
-    if signer_of(lines[number - 1], ids) is None:
-        _unsigned(number, source)
-    if number > 1 and signer_of(lines[number - 2], ids) is None:
-        _unsigned(number - 1, source)
+    for suspect in range(max(1, number - 1), number + 1):  # the line before changed, and so did its digest; or this one
+        if signer_of(lines[suspect - 1], ids) is None:
+            _unsigned(suspect, source)
     found = _N.match(lines[number - 1])
     says = int(found[1]) if found else number
     if says > number:

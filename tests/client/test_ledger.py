@@ -585,8 +585,10 @@ def test_a_cut_behind_a_reply_that_was_sent_twice_is_found_by_the_number_of_repl
     receipt = receipt_for(list(ledger.entries())[-1], 2)
     assert ledger.confirm(receipt)["n"] == 2
     ledger.path.write_bytes(cut)
-    with pytest.raises(LedgerBehindError):
-        ledger.confirm(receipt)
+    for _ in range(2):  # and saying so does not make up for it
+        with pytest.raises(LedgerBehindError):
+            ledger.confirm(receipt)
+        add(ledger, 1, kind="refusal", code="ledger-behind", **same)
 
 
 def test_failures_of_two_phases_with_the_same_bytes_are_told_apart(tmp_path: Path):
