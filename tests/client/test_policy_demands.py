@@ -32,6 +32,7 @@ from wardround.common.messages import (
     Failure,
     FinalizeInstruction,
     Instruction,
+    KeysReply,
     MaskInstruction,
     Reply,
     SchemaInstruction,
@@ -156,6 +157,11 @@ class World:
             "unmask": lambda: UnmaskInstruction(**about, signers=some, signatures=some),
         }[kind]()
 
+    def spend(self, run_id: str, steps: int) -> None:
+        """What an earlier round spent, σ = 10, of every patient."""
+        event = {"kind": "rounds", "noise_multiplier": 10.0, "sample_rate": 1.0, "steps": steps}
+        Site.open(self.folder / "site.toml").ledger.spend(event, run_id, 1, "training steps of a round")
+
     def sent(self, instruction: Instruction) -> Reply:
         """Through Flower's own dispatch."""
         InProcessGrid(app, [])  # names the run, which Flower's messages need
@@ -236,6 +242,18 @@ ROWS = [
     Row("a private run at a hospital that set no budget", "refused",
         site={"epsilon": None, "epsilon_per_run": None, "delta": None},
         said=r"policy\.epsilon: not set, so this hospital allows nothing, the coordinator asks for 3\.0"),
+    # ---- the budget, as the ledger has it
+    Row("counts within the budget", KeysReply, before=lambda world: world.sent(world.warmup()), ask=World.counts),
+    Row("counts once more", KeysReply, ask=World.counts,
+        before=lambda world: (world.sent(world.warmup()), world.sent(world.counts()))),
+    Row("counts when the budget is spent", "refused", ask=World.counts,
+        before=lambda world: (world.sent(world.warmup()), world.spend(OTHER_RUN, steps=200)),
+        said=r"policy\.epsilon: this hospital allows 6 at delta = 0\.0001; spent .* with 'schema' .* it would be"),
+    Row("counts when the run's share is spent", "refused", ask=World.counts,
+        before=lambda world: (world.sent(world.warmup()), world.spend(RUN, steps=60)),
+        said=r"policy\.epsilon_per_run: this hospital allows 3 at delta = 0\.0001; spent .* with 'schema'"),
+    Row("counts when another run spent as much", KeysReply, ask=World.counts,
+        before=lambda world: (world.sent(world.warmup()), world.spend(OTHER_RUN, steps=60))),
     # ---- sums
     Row("sums in the clear", "refused", run={"federation": {**ROUNDS, "secure_aggregation": "none"}},
         said="adds updates and counts up in the clear: only a simulated site"),
@@ -377,13 +395,18 @@ def test_what_becomes_of_a_demand(
     world = World(folder, config, model)
     monkeypatch.setattr(policy, "local_time", lambda: datetime.fromisoformat(f"2026-03-01T{row.at}"))
     row.before(world)
+    records = set((folder / "state").rglob("*.record"))
     reply = world.sent(row.ask(world))
     if isinstance(row.verdict, str):
         assert isinstance(reply, Failure) and reply.code == row.verdict, (reply, world.log())
         assert re.search(row.said, world.log()), world.log()
     else:
         assert isinstance(reply, row.verdict), (reply, world.log())
-    last = list(Site.open(folder / "site.toml").ledger.entries())[-1]
-    assert last["kind"] == ("refusal" if isinstance(row.verdict, str) else "egress")
-    # Nothing was counted or trained for a demand that was refused.
-    assert not (isinstance(row.verdict, str) and list((folder / "state").rglob("*.record")))
+    found = list(Site.open(folder / "site.toml").ledger.entries())
+    assert found[-1]["kind"] == ("refusal" if isinstance(row.verdict, str) else "egress")
+    # Nothing was counted or trained for a demand that was refused, nothing spent, and nothing spent twice.
+    if isinstance(row.verdict, str):
+        assert set((folder / "state").rglob("*.record")) == records
+    assert sum(entry["kind"] == "spend" and entry["event"]["kind"] == "schema" for entry in found) == (
+        row.verdict is KeysReply
+    )

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from wardround.client.folder import Site
+from wardround.client.identity import read_roster
 from wardround.client.registry import read_registry
 from wardround.common.adapter import Manifest, TensorSpec
 from wardround.common.config import RunConfig, load_run, load_site
@@ -21,6 +22,7 @@ from wardround.common.errors import ConfigError, ModelError, RunFolderError
 from wardround.common.files import read_record
 from wardround.server.cohort import QuorumError
 from wardround.server.journal import open_journal
+from wardround.server.receipts import Agreement, check, read_run
 from wardround.server.tracking import SilentProgress
 from wardround.simulations.federation import divide, load_registry, needed_bytes, simulate, write_sites
 
@@ -173,6 +175,23 @@ def test_the_coordinators_bytes_are_those_of_the_ledgers(whole: Whole):
         assert sent == line["bytes_up"]
 
 
+def test_receipts_and_ledgers_of_a_run_agree(whole: Whole):
+    for agreement in compared(whole[0]):
+        assert agreement.problems == [] and agreement.unconfirmed == []
+        assert agreement.replies == agreement.received == 3 + 7 * 5
+    for site in sites_of(whole[0]):
+        entries = list(Site.open(site / "site.toml").ledger.entries())
+        # A receipt comes with the next instruction, so the first entry has none; the registry is the one that was read.
+        assert [entry.get("receipt", {"n": 0})["n"] for entry in entries] == list(range(len(entries)))
+        assert {entry["registry"] for entry in entries} == {Site.open(site / "site.toml").source_digest.hex()}
+
+
+def compared(out: Path) -> list[Agreement]:
+    run_id, found, losses = read_run(out)
+    ledgers = {str(site): (site / "state" / "ledger.jsonl").read_bytes() for site in sites_of(out)}
+    return check(found, run_id, ledgers, read_roster(out / "sites" / "roster.json"), losses)
+
+
 def test_a_simulated_run_writes_down_how_its_patients_were_divided(whole: Whole):
     facts = [json.loads((whole[0] / name / "provenance.json").read_text()) for name in ("model", "adapter")]
     assert facts[0]["split_key"] == facts[1]["split_key"]
@@ -319,6 +338,7 @@ def test_a_killed_run_that_is_resumed_gives_the_same_adapter_bit_for_bit(
         == json.loads((whole[0] / "run.json").read_text())["samples"]
     )
     assert not [path for part in ("sum", "signed", "attempt") for path in (out / "journal").glob(f"*-{part}.record")]
+    assert [agreement.problems for agreement in compared(out)] == [[], [], []]
 
 
 @pytest.mark.parametrize(
