@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ..common.config import MappingConfig
     from ..common.dictionary import Dictionary
+    from .opt_out import OptOut
     from .quality import Quality
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -44,6 +45,20 @@ def _mapping(site: Path | None) -> MappingConfig:
     return MappingConfig() if site is None else load_site(site).mapping
 
 
+def _opted_out(site: Path | None, dictionary: Dictionary) -> OptOut:
+    """Who opted out, by a site.toml's policy; nobody without one."""
+    from ..common.config import load_site
+    from ..common.errors import RefusedError, UserError
+    from .opt_out import NOBODY, opted_out
+
+    if site is None:
+        return NOBODY
+    try:
+        return opted_out(load_site(site), site.resolve().parent, dictionary)
+    except RefusedError as error:
+        raise UserError(str(error)) from None
+
+
 def _console() -> Console:
     from rich.console import Console
 
@@ -63,26 +78,38 @@ def check(table: Path, dictionary: Path, site: Path | None, as_json: bool) -> No
 
     Exit 0 when clean. Direct identifiers, features that look like outcomes, levels that the dictionary does not know,
     missing or constant columns and wrong units end with exit 2 and a line each. No patient's value is printed, only
-    columns and rows.
+    columns and rows. With --site, how many patients on its list opted out, and how many ids on it are not in TABLE.
     """
     from ..common.config import load_site
     from ..common.dictionary import load_dictionary
+    from .opt_out import NOBODY
     from .policy import check_targets
     from .quality import assess
-    from .registry import describe_mapping
+    from .registry import describe_mapping, read_registry
 
     described, mapping = load_dictionary(dictionary), _mapping(site)
     if site is not None:
         check_targets(load_site(site).policy, described)
+    left = _opted_out(site, described)
     quality = assess(table, described, mapping)
     lines = list(describe_mapping(mapping, described))
+    opted_out = None
+    if left != NOBODY and not quality.errors:
+        unknown = left.unknown(read_registry(table, described, mapping))
+        opted_out = {"patients": len(left.ids) - unknown, "not_in_table": unknown}
     if as_json:
         content = quality.to_dict() | {
-            "mapping": [dict(zip(("entry", "local", "done"), line, strict=True)) for line in lines]
+            "mapping": [dict(zip(("entry", "local", "done"), line, strict=True)) for line in lines],
+            "opted_out": opted_out,
         }
         click.echo(json.dumps(content, indent=2, ensure_ascii=False))
     else:
         _print_quality(table, described, quality, lines)
+        if opted_out is not None:
+            click.echo(
+                f"opted out: {opted_out['patients']} patients of this table are never read (the figures above are with "
+                f"them); {opted_out['not_in_table']} more ids on the list are no patient's here"
+            )
     for finding in quality.errors:
         click.echo(f"error: {table}: {finding.text}", err=True)
     if quality.errors:
@@ -203,7 +230,7 @@ def questions(
 
     described, template = load_dictionary(dictionary), load_prompt(prompt)
     settings = QuestionsConfig() if features is None else QuestionsConfig(features_per_record=features)
-    registry = read_registry(table, described, _mapping(site))
+    registry = _opted_out(site, described).apply(read_registry(table, described, _mapping(site)))
     schema = derive_schema(count(registry.values, described), described, settings)
     rng = np.random.default_rng(seed)
     # Rows without anything to ask are skipped, so more are offered than are needed.

@@ -46,7 +46,7 @@ from ..common.seeds import derive_rng, secret_rng
 from . import policy
 from .identity import SiteKeys
 from .ledger import Ledger
-from .opt_out import OptOut, read_opt_out
+from .opt_out import OptOut, opted_out
 from .questions import QuestionBuilder
 from .registry import Registry, read_registry, split_rows
 
@@ -137,9 +137,7 @@ class Site:
         Raises:
             RefusedError: the list that the policy names is not there, or not a list.
         """
-        named, own = self.config.policy.opt_out, self.config.mapping.columns.get(self.dictionary.id_column, "")
-        path = None if named is None else self.folder / named
-        return read_opt_out(path, frozenset({self.dictionary.id_column, own} - {""}))
+        return opted_out(self.config, self.folder, self.dictionary)
 
     @property
     def registry_read(self) -> str:

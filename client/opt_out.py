@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..common.dictionary import level_code
+from ..common.config import SiteConfig
+from ..common.dictionary import Dictionary, level_code
 from ..common.errors import RefusedError
 from .registry import Registry
 
@@ -45,6 +46,22 @@ class OptOut:
 
 
 NOBODY = OptOut(frozenset(), b"")
+
+
+def opted_out(config: SiteConfig, folder: Path, dictionary: Dictionary) -> OptOut:
+    """Who opted out at a site.
+
+    Args:
+        config: its site.toml.
+        folder: where that lies.
+        dictionary: of its registry.
+
+    Raises:
+        RefusedError: as `read_opt_out`.
+    """
+    named, own = config.policy.opt_out, config.mapping.columns.get(dictionary.id_column, "")
+    path = None if named is None else folder / named
+    return read_opt_out(path, frozenset({dictionary.id_column, own} - {""}))
 
 
 def read_opt_out(path: Path | None, id_columns: frozenset[str] = frozenset()) -> OptOut:

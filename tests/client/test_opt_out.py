@@ -1,5 +1,6 @@
 """Patients who opted out: gone before anything is counted, and a list that is not one stops everything."""
 
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from wardround.client.folder import Site
 from wardround.client.opt_out import NOBODY, read_opt_out
 from wardround.client.registry import to_registry
+from wardround.common.cli import main
 from wardround.common.config import RunConfig
 from wardround.common.errors import RefusedError
 from wardround.simulations.federation import write_sites
@@ -19,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("cheap_scrypt")
 TABLE, DICTIONARY = make(120, seed=2)
 REGISTRY = to_registry("synthetic", pa.Table.from_pandas(TABLE, preserve_index=False), DICTIONARY)
 IDS = sorted(set(REGISTRY.patients.tolist()))
+SECRET = "patient-4711"
 
 
 def listed(folder: Path, text: str | bytes) -> Path:
@@ -117,3 +120,46 @@ def test_who_opted_out_is_in_the_registrys_digest_so_no_registry_of_before_is_us
 def test_when_all_opted_out_nobody_is_left(folder: Path):
     site = open_with(folder, "\n".join(IDS))
     assert len(site.registry) == 0 and site.patients_of("train") == []
+
+
+# ---- what people see
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    try:
+        main([str(arg) for arg in args])
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_check_says_how_many_opted_out_and_how_many_ids_it_does_not_know(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    open_with(folder, f"{IDS[0]}\n{IDS[1]}\n{SECRET}\n")
+    command = [
+        "client",
+        "check",
+        folder / "registry.parquet",
+        folder / "dictionary.toml",
+        "--site",
+        folder / "site.toml",
+    ]
+    code, out, _ = run(capsys, *command)
+    assert code == 0 and SECRET not in out
+    assert "opted out: 2 patients of this table are never read" in out and "1 more ids on the list are no" in out
+    code, out, _ = run(capsys, *command, "--json")
+    assert json.loads(out)["opted_out"] == {"patients": 2, "not_in_table": 1} and SECRET not in out
+    (folder / "left.csv").unlink()
+    code, _, err = run(capsys, *command)
+    assert code == 2 and "no patient is counted without it" in err and err.count("\n") == 1
+
+
+def test_questions_are_made_of_patients_who_are_left(folder: Path, capsys: pytest.CaptureFixture[str]):
+    command = ["client", "questions", folder / "registry.parquet", folder / "dictionary.toml", "--site"]
+    open_with(folder, "\n".join(IDS[3:]))
+    code, out, _ = run(capsys, *command, folder / "site.toml")
+    kept = int(np.sum(np.isin(REGISTRY.patients, IDS[:3])))
+    assert code == 0 and f"this table's own counts ({kept} rows)" in out
