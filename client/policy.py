@@ -258,7 +258,8 @@ def check_spend(
     """Refuses an event that this hospital's budget does not afford; `Ledger.spend` calls it under its lock.
 
     Each budget has a Rényi filter (common/privacy.py's `Filter`), whose order is fixed before the first event that it
-    counts and recorded with it: in all runs "total", in this one "run".
+    counts and recorded with it: in all runs "total", in this one "run". The third, "plan", is what the run itself says
+    of its ε: a coordinator that asks for more counts or rounds than it planned is refused by every site.
 
     Args:
         policy: this hospital's.
@@ -279,24 +280,26 @@ def check_spend(
     _at_least("min_noise_multiplier", policy.min_noise_multiplier, event.noise_multiplier, f"{event.kind}: σ = ")
     fixed: dict[str, float] = {}
     delta = policy.delta if policy.delta is not None else privacy.delta
-    for name, key, limit, spent in (
-        ("total", "epsilon", policy.epsilon, list(history)),
-        ("run", "epsilon_per_run", policy.epsilon_per_run, [one for one in history if one.run == run_id]),
+    mine = [one for one in history if one.run == run_id]
+    for name, key, limit, at, spent in (
+        ("total", "policy.epsilon: this hospital allows", policy.epsilon, delta, list(history)),
+        ("run", "policy.epsilon_per_run: this hospital allows", policy.epsilon_per_run, delta, mine),
+        ("plan", "privacy.epsilon: the run says", privacy.epsilon, privacy.delta, mine),
     ):
         wanted = privacy.epsilon if limit is None else limit  # without a limit the order is fixed all the same
         known = [one.orders[name] for one in spent if name in one.orders]
-        if wanted is None or delta is None:
+        if wanted is None or at is None:
             raise RefusedError("privacy: expected epsilon and delta")
         try:
-            order = known[0] if known else pin_order(plan, wanted, delta)
-            budget = Filter(wanted, delta, order)
+            order = known[0] if known else pin_order(plan, wanted, at)
+            budget = Filter(wanted, at, order)
             before = [Event.from_json(one.event) for one in spent]
             affordable = limit is None or budget.affords(before, event)
         except ConfigError as error:
-            raise RefusedError(f"policy.{key}: {error}") from None
+            raise RefusedError(f"{key.partition(':')[0]}: {error}") from None
         if not affordable:
             raise RefusedError(
-                f"policy.{key}: this hospital allows {limit:g} at delta = {delta:g}; spent {budget.spent(before):.3g}, "
+                f"{key} {limit:g} at delta = {at:g}; spent {budget.spent(before):.3g}, "
                 f"and with '{event.kind}' (σ = {event.noise_multiplier:g}, rate {event.sample_rate:.3g}, {event.steps} "
                 f"steps), which the coordinator asks for, it would be {budget.spent([*before, event]):.3g}"
             )

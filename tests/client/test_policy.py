@@ -175,7 +175,7 @@ def test_keys_say_nothing_of_what_they_are_for():
 # ---- the privacy budget
 
 PLAN = (Event("schema", 4.0, 1.0, 1), *[Event("rounds", 1.5, 1.0, 4)] * 5, Event("metrics", 4.0, 1.0, 1))
-ASKED = PrivacyConfig(enabled=True, epsilon=9.0, delta=1e-5, max_grad_norm=1.0, declared_patients=1000)
+ASKED = PrivacyConfig(enabled=True, epsilon=200.0, delta=1e-5, max_grad_norm=1.0, declared_patients=1000)
 THIS, OTHER = "ab" * 16, "cd" * 16
 
 
@@ -221,9 +221,23 @@ def test_a_budget_for_one_run_begins_again_with_the_next_and_the_total_does_not(
 def test_without_a_budget_everything_is_afforded_and_the_orders_are_fixed_all_the_same():
     history: list[Spend] = []
     assert spend_all(PolicyConfig(simulated=True), THIS, history) == len(PLAN)
-    assert history[0].orders == dict.fromkeys(("total", "run"), pin_order(PLAN, 9.0, 1e-5))
+    assert history[0].orders == dict.fromkeys(("total", "run", "plan"), pin_order(PLAN, 200.0, 1e-5))
     # A budget that is set later counts what was spent before it.
     assert spend_all(PolicyConfig(epsilon=9.0, delta=1e-5), OTHER, history) < len(PLAN)
+
+
+def test_a_run_that_asks_for_more_than_its_own_epsilon_is_refused_without_any_policy():
+    """Counts for a second round, or more noise-free rounds than were planned."""
+    least = next(e / 100 for e in range(100, 5000) if affordable(e / 100, pin_order(PLAN, e / 100, 1e-5)) == len(PLAN))
+    asked, history = ASKED.model_copy(update={"epsilon": least}), []
+    about = {"run_id": THIS, "plan": PLAN, "privacy": asked}
+    for index, event in enumerate(PLAN):
+        orders = policy.check_spend(PolicyConfig(), history, event, **about)
+        history.append(Spend(THIS, index, event.to_json(), orders))
+    with pytest.raises(RefusedError, match=rf"privacy\.epsilon: the run says {least:g} at delta = 1e-05; spent"):
+        policy.check_spend(PolicyConfig(), history, PLAN[1], **about)
+    other = {**about, "run_id": OTHER}
+    policy.check_spend(PolicyConfig(), history, PLAN[1], **other)  # another run has an ε of its own
 
 
 def test_the_noise_that_follows_from_epsilon_is_looked_at_when_it_is_spent():

@@ -75,7 +75,7 @@ def test_every_site_spends_the_plan_and_nothing_else(whole: Whole):
 def test_the_plan_fits_the_runs_epsilon_and_hardly_less_noise_would(whole: Whole):
     privacy, events = whole.config.privacy, plan.events(whole.config)
     (history,) = {json.dumps([one.orders for one in site.ledger.history()]) for site in sites(whole.out)}
-    order = json.loads(history)[0]["run"]
+    order = json.loads(history)[0]["plan"]
     budget = Filter(privacy.epsilon, privacy.delta, order)
     assert budget.affords(events[:-1], events[-1])
     less = [
