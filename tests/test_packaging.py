@@ -25,6 +25,8 @@ prompt = "en_short"
 rank = 4
 [questions]
 features_per_record = 6
+[privacy]
+enabled = false
 [warmup]
 enabled = false
 [grpo]

@@ -351,6 +351,7 @@ def test_the_coordinators_app_under_flower_never_adds_up_in_the_clear(tmp_path: 
         "config": str(tmp_path / "run.toml"),
         "dictionary": "support_icu",
         "roster": str(tmp_path / "roster.json"),
+        "key": str(tmp_path / "coordinator.pem"),
         "out": str(tmp_path / "out"),
     }
     context = Context(0, 0, {}, RecordDict(), run_config)
