@@ -297,6 +297,14 @@ def test_only_exchanges_of_a_secure_sum_ask_for_what_is_computed_of_patients():
         assert {"run_id", "round_index", "purpose", "attempt"} <= set(fields_of(kind))
 
 
+def test_messages_that_differ_in_their_receipt_share_the_bytes_of_their_vectors():
+    one = sample(TrainInstruction)
+    other, packed = replace(one, receipt="another"), {}
+    (head, vectors), (other_head, others) = split(one, packed), split(other, packed)
+    assert (head, vectors) == split(one) and (other_head, others) == split(other)
+    assert vectors["vector"] is others["vector"] and head != other_head
+
+
 def test_only_published_kinds_are_encoded():
     with pytest.raises(ProtocolError, match="expected a message kind"):
         encode(Reply(run_id="r", site="s", round_index=1))
