@@ -123,12 +123,11 @@ def thousand(folder: Path) -> tuple[bytes, list[bytes]]:
     return b"".join(data), ledger.keys.ids()
 
 
-@pytest.mark.parametrize("changes", [500, pytest.param(5000, marks=pytest.mark.slow)])
-def test_random_single_byte_changes_of_a_thousand_line_ledger_are_found(tmp_path: Path, changes: int):
+def test_five_thousand_random_single_byte_changes_of_a_thousand_line_ledger_are_found(tmp_path: Path):
     good, ids = thousand(tmp_path)
     assert damaged(good, ids) == ""
-    rng = random.Random(changes)
-    for _ in range(changes):
+    rng = random.Random(7)
+    for _ in range(5000):
         position = rng.randrange(len(good))
         other = (good[position] + rng.randrange(1, 256)) % 256
         said = damaged(good[:position] + bytes([other]) + good[position + 1 :], ids)
