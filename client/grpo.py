@@ -46,7 +46,7 @@ from ..common.lm.lora import fused_parameters, patient_gradients, prepare_traini
 from ..common.lm.memory import give_back_free_memory, out_of_memory, tokens_per_backward
 from ..common.lm.models import LanguageModel
 from ..common.lm.prefix import SharedPrefix, causal_model, option_log_softmax
-from ..common.lm.scoring import encode
+from ..common.lm.scoring import encode_texts, render
 from ..common.question import PromptTemplate, Question
 from ..common.seeds import derive_rng, derive_seed
 from .draws import Asked, Draws, QuestionSource
@@ -270,7 +270,8 @@ class Engine(GRPOTrainer):
         if not questions:
             return
         reasoning = self.reasoning_tokens > 0
-        asked = [Asked(question, encode(self.lm, self.template, question, reasoning)) for question in questions]
+        texts = [render(self.lm, self.template, question, reasoning) for question in questions]
+        asked = [Asked(*one) for one in zip(questions, encode_texts(self.lm, texts), strict=True)]
         most = self.grpo.group_size * (self.reasoning_tokens + len(self.answering.forced_ids)) if reasoning else 0
         self.dearest = max(self.dearest, *(len(one.prompt) + most for one in asked))
         scale = StepScale(self.grpo.loss_type, self.draws.expected_patients, len(asked), len(asked))

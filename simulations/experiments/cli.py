@@ -71,11 +71,35 @@ def _print_sanity(result: Mapping[str, Any]) -> None:
 @_OUT
 @click.option("--seeds", default="1,2,3", show_default=True, help="Of splits, partitions and draws.")
 @click.option("--arms", default="federated,skewed,centralised,local", show_default=True, help="Which to train.")
-@click.option("--questions", "per_patient", default=1, show_default=True, help="Test questions of each test patient.")
+@click.option("--beside", default="base,warmup,majority,ceiling", show_default=True, help="Which to compare with.")
+@click.option("--questions", "per_patient", default=1, show_default=True, help="Questions of each held-out patient.")
+@click.option(
+    "--split",
+    default="test",
+    show_default=True,
+    type=click.Choice(["test", "validation"]),
+    help="Who is asked; settings are searched on validation patients.",
+)
+@click.option(
+    "--jobs",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Arms at a time. On one GPU set speed.tokens_per_backward, which otherwise takes most of its memory.",
+)
 @_SET
 @_JSON
 def federated(
-    config: Path, out: Path, seeds: str, arms: str, per_patient: int, overrides: tuple[str, ...], as_json: bool
+    config: Path,
+    out: Path,
+    seeds: str,
+    arms: str,
+    beside: str,
+    per_patient: int,
+    split: str,
+    jobs: int,
+    overrides: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Federated, skewed, centralised and local training on one registry, the same test questions for all.
 
@@ -91,14 +115,24 @@ def federated(
     from ..progress import TerminalProgress
     from . import federated as experiment
 
-    names = [name.strip() for name in arms.split(",") if name.strip()]
-    unknown = sorted(set(names) - set(experiment.ARMS))
-    if unknown:
-        raise ConfigError(f"--arms: expected some of {', '.join(experiment.ARMS)}, got '{unknown[0]}'")
+    def some(option: str, text: str, of: tuple[str, ...]) -> list[str]:
+        names = [name.strip() for name in text.split(",") if name.strip()]
+        unknown = sorted(set(names) - set(of))
+        if unknown:
+            raise ConfigError(f"{option}: expected some of {', '.join(of)}, got '{unknown[0]}'")
+        return names
+
     if not all(seed.strip().isdecimal() for seed in seeds.split(",")):
         raise ConfigError(f"--seeds: expected whole numbers with commas between them, got '{seeds}'")
     numbers = [int(seed) for seed in seeds.split(",")]
-    chosen = {"seeds": numbers, "arms": names, "per_patient": per_patient}
+    chosen = {
+        "seeds": numbers,
+        "arms": some("--arms", arms, experiment.ARMS),
+        "references": some("--beside", beside, experiment.REFERENCES),
+        "per_patient": per_patient,
+        "split": split,
+        "jobs": jobs,
+    }
     if as_json:
         click.echo(json.dumps(experiment.run(settings, out, **chosen), sort_keys=True))
         return
@@ -118,7 +152,13 @@ def _print_federated(result: Mapping[str, Any]) -> None:
         return name, f"{100 * entry['mean']:.1f}", f"{100 * low:.1f} to {100 * high:.1f}", seeds
 
     console = Console(soft_wrap=True)
-    arms = Table("arm", "accuracy, %", "95 %", "by seed", title=f"{result['n']} questions, seeds {result['seeds']}")
+    arms = Table(
+        "arm",
+        "accuracy, %",
+        "95 %",
+        "by seed",
+        title=f"{result['n']} {result['split']} questions, seeds {result['seeds']}",
+    )
     for name, entry in result["arms"].items():
         arms.add_row(*row(name, entry))
     arms.add_row("chance", f"{100 * result['chance']:.1f}", "", "")

@@ -13,6 +13,7 @@ same masked inputs (ceiling.py). A seed decides the split of patients, the parti
 share their test patients and their questions; comparisons are paired.
 
 OUT/outcomes/ gets one file an arm and seed as soon as it is scored, so an interrupted experiment goes on where it was.
+Settings are searched with the exam put to validation patients (`split`); test patients are for the settings chosen.
 Test patients' rows are open data here; nothing of this runs at a hospital.
 """
 
@@ -20,11 +21,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -43,6 +47,7 @@ from ..partition import site_names
 from .ceiling import gradient_boosting_answers
 
 ARMS = ("federated", "skewed", "centralised", "local")
+REFERENCES = ("base", "warmup", "majority", "ceiling")  # what needs no training in this experiment
 # (name, arm, what it is compared with)
 COMPARISONS = (
     ("federated - warmup", "federated", "warmup"),
@@ -55,11 +60,12 @@ COMPARISONS = (
 SKEW_ALPHA = 0.3
 BOOTSTRAP = 10_000
 Say = Callable[[str], None]
+Split = Literal["test", "validation"]
 
 
 @dataclass(frozen=True, eq=False)
 class Exam:
-    """The test questions of one seed, the same for every arm."""
+    """The held-out questions of one seed, the same for every arm."""
 
     registry: Registry
     builder: QuestionBuilder
@@ -73,12 +79,13 @@ class Exam:
         return self.registry.patients[self.rows]
 
 
-def make_exam(config: RunConfig, per_patient: int) -> Exam:
-    """Questions of all test patients under the schema of all training patients.
+def make_exam(config: RunConfig, per_patient: int, split: Split = "test") -> Exam:
+    """Questions of all held-out patients under the schema of all training patients.
 
     Args:
         config: of the federated arm with this seed.
-        per_patient: questions of each test patient.
+        per_patient: questions of each of these patients.
+        split: which patients.
     """
     registry = load_registry(config)
     splits = split_rows(registry, bytes.fromhex(split_key(config)))
@@ -86,7 +93,7 @@ def make_exam(config: RunConfig, per_patient: int) -> Exam:
     schema = derive_schema(count(train.values, registry.dictionary), registry.dictionary, config.questions)
     builder = QuestionBuilder(registry, schema, load_prompt(config.model.prompt), config.questions)
     questions, rows, shown = builder.build_with_records(
-        np.tile(splits["test"], per_patient), derive_rng(config.seed, "experiment test questions")
+        np.tile(splits[split], per_patient), derive_rng(config.seed, f"experiment {split} questions")
     )
     return Exam(registry, builder, questions, rows, shown, splits["train"])
 
@@ -158,7 +165,10 @@ def run(
     *,
     seeds: Sequence[int],
     arms: Sequence[str] = ARMS,
+    references: Sequence[str] = REFERENCES,
     per_patient: int = 1,
+    split: Split = "test",
+    jobs: int = 1,
     progress: Progress | None = None,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
@@ -169,39 +179,79 @@ def run(
         out: a folder.
         seeds: of splits, partitions and draws.
         arms: of `ARMS`.
-        per_patient: test questions of each test patient.
+        references: of `REFERENCES`.
+        per_patient: questions of each held-out patient.
+        split: which patients are asked.
+        jobs: arms and references at a time, each in a process of its own; above 1 `progress` is not told.
         progress: of the runs.
         say: told what is being done.
 
     Returns:
         The content of OUT/federated.json; single outcomes are in OUT/outcomes.json.gz.
     """
+    names = [*arms, *references]
+    if jobs > 1:
+        missing = [(name, seed) for name in names for seed in seeds if not _path(out, name, seed).exists()]
+        _side_by_side(config, out, missing, per_patient, split, jobs, say)
     found: dict[int, dict[str, Any]] = {}
     for seed in seeds:
-        # A run's own test is not the experiment's: one question a site keeps it out of the way.
-        settings = config.model_copy(update={"seed": seed})
-        settings = _with(
-            settings, evaluation=config.evaluation.model_copy(update={"questions_per_site": 1, "samples": 0})
-        )
-        exam = make_exam(settings, per_patient)
-        for arm in arms:
-            _outcome(out, arm, seed, exam, lambda a=arm, s=settings, e=exam: _run_arm(a, s, e, out, progress, say))
-        answered = {
-            name: _outcome(out, name, seed, exam, lambda n=name, s=settings, e=exam: _reference(n, s, e, say))
-            for name in ("base", "warmup", "majority", "ceiling")
-        }
-        answered.update({arm: _read(_path(out, arm, seed)) for arm in arms})
+        settings = _seeded(config, seed)
+        exam = make_exam(settings, per_patient, split)
         found[seed] = {
             "patients": exam.patients.tolist(),
             "targets": [question.target for question in exam.questions],
             "chance": [1 / len(question.options) for question in exam.questions],
-            "correct": answered,
+            "correct": {name: _outcome(name, settings, exam, out, progress, say) for name in names},
         }
-    result = summarise(found)
+    result = {"split": split, **summarise(found)}
     raw = json.dumps({str(seed): entry for seed, entry in found.items()}, separators=(",", ":")).encode()
     write_atomic(out / "outcomes.json.gz", gzip.compress(raw, mtime=0), mode=0o644)
     write_atomic(out / "federated.json", (json.dumps(result, indent=1) + "\n").encode(), mode=0o644)
     return result
+
+
+def _seeded(config: RunConfig, seed: int) -> RunConfig:
+    """The config of one seed. A run's own test is not the experiment's: one question a site keeps it out of the way."""
+    evaluation = config.evaluation.model_copy(update={"questions_per_site": 1, "samples": 0})
+    return _with(config.model_copy(update={"seed": seed}), evaluation=evaluation)
+
+
+def _side_by_side(
+    config: RunConfig,
+    out: Path,
+    missing: Sequence[tuple[str, int]],
+    per_patient: int,
+    split: Split,
+    jobs: int,
+    say: Say,
+) -> None:
+    """Makes outcomes in `jobs` processes: on a GPU one small model leaves most of it idle."""
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(min(jobs, len(missing) or 1), mp_context=context) as pool:
+        begun = {
+            pool.submit(_one_of_many, config, out, name, seed, per_patient, split, threads): (name, seed)
+            for name, seed in missing
+        }
+        try:
+            for done in as_completed(begun):
+                done.result()
+                say("{}, seed {}: done".format(*begun[done]))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _one_of_many(
+    config: RunConfig, out: Path, name: str, seed: int, per_patient: int, split: Split, threads: int
+) -> None:
+    """One outcome, in a process of its own."""
+    from ...common.cli import limit_threads, quiet_third_parties
+
+    quiet_third_parties()
+    limit_threads(config.speed.threads or threads)
+    settings = _seeded(config, seed)
+    _outcome(name, settings, make_exam(settings, per_patient, split), out)
 
 
 def _run_arm(arm: str, config: RunConfig, exam: Exam, out: Path, progress: Progress | None, say: Say) -> list[float]:
@@ -255,13 +305,23 @@ def _read(path: Path) -> list[float]:
     return list(json.loads(path.read_text(encoding="utf-8"))["correct"])
 
 
-def _outcome(out: Path, name: str, seed: int, exam: Exam, make: Callable[[], list[float]]) -> list[float]:
-    """What an arm answered, from disk or made now."""
-    path = _path(out, name, seed)
+def _outcome(
+    name: str,
+    config: RunConfig,
+    exam: Exam,
+    out: Path,
+    progress: Progress | None = None,
+    say: Say = lambda text: None,
+) -> list[float]:
+    """What an arm or a reference answered, from disk or made now."""
+    path = _path(out, name, config.seed)
     if not path.exists():
-        right = make()
+        if name in ARMS:
+            right = _run_arm(name, config, exam, out, progress, say)
+        else:
+            right = _reference(name, config, exam, say)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps({"name": name, "seed": seed, "correct": right}).encode(), mode=0o644)
+        write_atomic(path, json.dumps({"name": name, "seed": config.seed, "correct": right}).encode(), mode=0o644)
     found = _read(path)
     if len(found) != len(exam.questions):
         raise ValueError(f"{path}: expected {len(exam.questions)} answers, got {len(found)}; delete it")
