@@ -23,6 +23,7 @@ last one, and the held-out questions, which are the same every round.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import re
 import secrets
@@ -141,8 +142,17 @@ class Site:
 
     @property
     def registry_read(self) -> str:
-        """Hex digest of what the registry follows from, if it was asked for since this site was opened; else ""."""
-        return self.__dict__["source_digest"].hex() if "source_digest" in self.__dict__ else ""
+        """`registry_digest` if the registry was asked for since this site was opened; else ""."""
+        return self.registry_digest if "source_digest" in self.__dict__ else ""
+
+    @property
+    def registry_digest(self) -> str:
+        """What the ledger calls the registry, hex: `source_digest` under the split key.
+
+        Ledgers are shown to others. Without a key, whoever has a copy of the table that lacks one patient could try out
+        whether that patient is in it.
+        """
+        return hmac.new(self.split_key(), b"registry" + self.source_digest, hashlib.sha256).hexdigest()
 
     def run_folder(self, run_id: str) -> Path:
         """Where a run's files lie; `run_id` has been checked."""
@@ -253,7 +263,12 @@ class SiteRun:
 
     @cached_property
     def round_zero(self) -> GlobalModel:
-        """The round-0 adapter that the warm-up phase left here."""
+        """The round-0 adapter that the warm-up phase left here.
+
+        Raises:
+            ProtocolError: there was none.
+            RefusedError: this hospital no longer allows its base model.
+        """
         path = self.folder / "round-0.record"
         if not path.exists():
             raise ProtocolError("this site has no round-0 adapter of this run: warm-up comes first")
@@ -262,6 +277,7 @@ class SiteRun:
             record = read_record(path)
             _round_zero.clear()
             _round_zero[key] = GlobalModel(parse_manifest(record.values["manifest"]), record.vectors["vector"])
+        policy.check_model(self.site.config.policy, _round_zero[key].manifest.base_digest)
         return _round_zero[key]
 
     def global_model(self, trainable: np.ndarray, expected: str) -> GlobalModel:
@@ -285,6 +301,7 @@ class SiteRun:
         Raises:
             ProtocolError: none was published here.
             VerificationError: it is another one.
+            RefusedError: this hospital no longer allows what it shows.
         """
         path = self.folder / "schema.json"
         if not path.exists():
@@ -292,6 +309,7 @@ class SiteRun:
         schema = parse_schema(path.read_text(encoding="utf-8"))
         if schema.digest() != digest:
             raise VerificationError(f"schema: expected digest {digest[:12]}…, got {schema.digest()[:12]}…")
+        policy.check_schema(self.site.config.policy, schema)
         return schema
 
     @cached_property

@@ -66,12 +66,14 @@ class Spend:
         round_index: of the instruction.
         event: what was spent (common/privacy.py).
         orders: of the budgets' filters, where this event was the first that they counted (client/policy.py).
+        number: of its line.
     """
 
     run: str
     round_index: int
     event: dict[str, Any]
     orders: dict[str, float]
+    number: int
 
 
 @dataclass(eq=False)
@@ -85,7 +87,7 @@ class _State:
         count, total, digest: of the last entry.
         left: by run, every reply's SHA-256, round, phase and size → its newest entry's number.
         replies: by run, how many there were.
-        egress: run, round and phase of everything that left.
+        egress: by run, round and phase, the number of the newest entry of what left.
         bytes_of: by run, what left.
         registries: by run and round, the registry's digest of the newest entry that has one.
         spent: every budget event.
@@ -100,7 +102,7 @@ class _State:
     digest: str = START
     left: dict[str, dict[tuple[str, int, str, int], int]] = field(default_factory=dict)
     replies: dict[str, int] = field(default_factory=dict)
-    egress: set[tuple[str, int, str]] = field(default_factory=set)
+    egress: dict[tuple[str, int, str], int] = field(default_factory=dict)
     bytes_of: dict[str, int] = field(default_factory=dict)
     registries: dict[tuple[str, int], str] = field(default_factory=dict)
     spent: list[Spend] = field(default_factory=list)
@@ -111,7 +113,7 @@ class _State:
         self.count, self.total, self.digest = entry["n"], entry["total"], digest
         run, index = entry["run"], entry["round"]
         if entry["kind"] == SPEND:
-            self.spent.append(Spend(run, index, dict(entry["event"]), dict(entry.get("orders", {}))))
+            self.spent.append(Spend(run, index, dict(entry["event"]), dict(entry["orders"]), self.count))
             self.spender = self.count, digest
             return
         if entry["code"] == LedgerBehindError.code:
@@ -121,7 +123,7 @@ class _State:
         self.replies[run] = self.replies.get(run, 0) + 1
         if entry["kind"] == EGRESS:
             self.bytes_of[run] = self.bytes_of.get(run, 0) + entry["bytes"]
-            self.egress.add((run, index, entry["phase"]))
+            self.egress[run, index, entry["phase"]] = self.count
         if entry["registry"]:
             self.registries[run, index] = entry["registry"]
 
@@ -223,7 +225,7 @@ class Ledger:
         round_index: int,
         purpose: str,
         afford: Callable[[Sequence[Spend]], Mapping[str, float]] = lambda history: {},
-    ) -> bool:
+    ) -> int:
         """Records that a part of the privacy budget is spent, before the computation that spends it.
 
         A repeated instruction spends once: an event of the same kind, run and round is neither asked for nor recorded
@@ -238,7 +240,7 @@ class Ledger:
                 is recorded with the event. No other process of this site spends meanwhile.
 
         Returns:
-            Whether it is new.
+            The number of its line, of this or of an earlier time.
 
         Raises:
             RefusedError: an event of this kind, run and round was recorded with other numbers; or by `afford`.
@@ -247,8 +249,8 @@ class Ledger:
         wanted = _event(event)
         with self._locked() as handle:
             state = self._state(handle)
-            known = [one.event for one in state.spent if (one.run, one.round_index) == (run_id, round_index)]
-            before = next((one for one in known if one["kind"] == wanted["kind"]), None)
+            known = [one for one in state.spent if (one.run, one.round_index) == (run_id, round_index)]
+            before = next((one for one in known if one.event["kind"] == wanted["kind"]), None)
             if before is None:
                 entry: dict[str, Any] = {
                     "bytes": 0,
@@ -265,13 +267,13 @@ class Ledger:
                     "total": state.total,
                 }
                 self._write(handle, state, entry)
-            elif before != wanted:
+            elif before.event != wanted:
+                spent, asked = (json.dumps(one, sort_keys=True) for one in (before.event, wanted))
                 raise RefusedError(
-                    f"round {round_index}: '{wanted['kind']}' was spent as {json.dumps(before, sort_keys=True)}, the "
-                    f"instruction asks for {json.dumps(wanted, sort_keys=True)}"
+                    f"round {round_index}: '{wanted['kind']}' was spent as {spent}, the instruction asks for {asked}"
                 )
             self._write_head(state)
-            return before is None
+            return state.count if before is None else before.number
 
     def history(self) -> tuple[Spend, ...]:
         """Every budget event ever, oldest first.
@@ -302,8 +304,8 @@ class Ledger:
             state = self._state(handle)
         return state.total if run_id is None else state.bytes_of.get(run_id, 0)
 
-    def has_left(self, run_id: str, round_index: int, phase: str) -> bool:
-        """Whether a reply to such an instruction, failures apart, ever left.
+    def has_left(self, run_id: str, round_index: int, phase: str, since: int = 0) -> bool:
+        """Whether a reply to such an instruction, failures apart, left after line `since`.
 
         Raises:
             VerificationError, ConfigError: as `check`.
@@ -312,7 +314,7 @@ class Ledger:
             self.check()
             return False
         with self._locked() as handle:
-            return (run_id, round_index, phase) in self._state(handle).egress
+            return self._state(handle).egress.get((run_id, round_index, phase), 0) > since
 
     def confirm(self, receipt: Receipt) -> dict[str, Any]:
         """Looks a receipt, whose signature was checked, up in this ledger.

@@ -6,13 +6,15 @@ the stored update. Torch is imported only by the phases that run the model.
 
 What is computed of patients stays here as a payload (client/payload.py); the reply says only that it is there, with the
 keys for adding it up (client/sharing.py). Draws are streams of (run seed, purpose, site name, round), common/seeds.py:
-the same instruction gives the same payload.
+the same instruction gives the same payload. In a private run they are the site's secret (client/randomness.py), and
+what is stored is never made again once some of it has left.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 from ..common import plan, sums
 from ..common.config import RunConfig
 from ..common.counts import count
+from ..common.dictionary import check_reviewed
 from ..common.errors import RefusedError, RegistryError, VerificationError
 from ..common.files import private_folder, read_record, sweep, write_atomic, write_record
 from ..common.global_model import GlobalModel
@@ -42,7 +45,9 @@ from ..common.messages import (
     WarmupInstruction,
     WarmupReply,
 )
+from ..common.noisy import resolution
 from ..common.question import LETTERS, Question
+from ..common.schema import Schema
 from ..common.secagg.keys import COUNTS, TEST, UPDATE, VALIDATION
 from ..common.seeds import derive_seed
 from ..common.statistics import Tally
@@ -66,6 +71,8 @@ def warm_up(site: Site, instruction: WarmupInstruction) -> WarmupReply:
     from ..common.lm.packaged import base_digest, resolve
 
     run = SiteRun(site, instruction)
+    if run.config.privacy.enabled:
+        check_reviewed(site.dictionary)
     if instruction.dictionary_digest != site.dictionary.digest():
         raise VerificationError(
             f"dictionary: the run's is {instruction.dictionary_digest[:12]}…, here {site.dictionary.digest()[:12]}…"
@@ -92,6 +99,8 @@ def warm_up(site: Site, instruction: WarmupInstruction) -> WarmupReply:
 def count_registry(site: Site, instruction: CountInstruction) -> KeysReply:
     """Counts training patients over the dictionary's bins, for the secure sum of all sites' counts."""
     run = SiteRun(site, instruction)
+    if run.config.privacy.enabled:
+        check_reviewed(site.dictionary)
     if instruction.dictionary_digest != site.dictionary.digest():
         raise VerificationError("dictionary: not the one that the counts were asked over")
     if instruction.model_digest != run.round_zero.digest:
@@ -103,7 +112,8 @@ def count_registry(site: Site, instruction: CountInstruction) -> KeysReply:
         privacy, patients = run.config.privacy, site.patients_of("train")
         random = _spend(run, plan.schema_event, "counts behind the question schema") if privacy.enabled else None
         rows = site.splits["train"] if random is None else private_release.one_row_each(patients, random)
-        counts = count({name: column[rows] for name, column in site.registry.values.items()}, site.dictionary)
+        values = {name: column[rows] for name, column in site.registry.values.items()}
+        counts = count(values, site.dictionary, resolution(privacy))
         vector, most = counts.to_vector(), sums.count_limit(run.config)
         if vector.max() > most:
             raise RegistryError(f"more than {most} patients in a bin: lower federation.max_sites")
@@ -160,7 +170,10 @@ def _train(run: SiteRun, instruction: TrainInstruction, input_digest: str) -> up
             on_step(name, done, steps)
 
     index = instruction.round_index
-    seed = derive_seed(run.config.seed, "train", name, index)
+    # In a private run questions and completions are the site's secret as well: in a stream that somebody knows, one
+    # more patient in a draw would move what all patients after it are asked, and so more of the sum than its own part.
+    secret = private is not None
+    seed = secrets.randbits(128) if secret else derive_seed(run.config.seed, "train", name, index)
     result = train_local_round(
         run.language_model(model),
         source,
@@ -236,12 +249,9 @@ def _spend(run: SiteRun, of: Callable[[RunConfig], Event], purpose: str) -> Secu
             privacy=config.privacy,
         )
 
-    new = ledger.spend(event.to_json(), instruction.run_id, instruction.round_index, purpose, afford)
-    if not new and any(
-        (entry["kind"], entry["phase"], entry["run"], entry["round"])
-        == ("egress", MaskInstruction.ROUTE, instruction.run_id, instruction.round_index)
-        for entry in ledger.entries()
-    ):
+    about = instruction.run_id, instruction.round_index
+    number = ledger.spend(event.to_json(), *about, purpose, afford)
+    if ledger.has_left(*about, MaskInstruction.ROUTE, since=number):
         raise RefusedError(f"{purpose}: released already, and the file that held it is gone; it is not made again")
     return SecureRandom()
 
@@ -299,21 +309,20 @@ def _offered(run: SiteRun, purpose: int, attempt: int, inputs: bytes, work: Call
 
 def _evaluate(run: SiteRun, instruction: EvaluateInstruction) -> tuple[NDArray[np.int64], str]:
     """Counts of the test questions' answers, as they may leave, and the samples that may be shown, as JSON."""
-    privacy = run.config.privacy
+    manifest, privacy = run.round_zero.manifest, run.config.privacy
+    warmup, final = GlobalModel(manifest, instruction.warmup), GlobalModel(manifest, instruction.final)
+    warmup.verify(instruction.warmup_digest)
+    final.verify(instruction.model_digest)
+    schema = run.schema(instruction.schema_digest)
     random = _spend(run, plan.metrics_event, "results on test patients") if privacy.enabled else None
-    tally, samples = _scored(run, instruction)
+    tally, samples = _scored(run, schema, warmup, final)
     if random is None:
         return tally.to_vector(), samples
     return private_release.noised_results(tally, privacy.metrics_noise_multiplier, random), samples
 
 
-def _scored(run: SiteRun, instruction: EvaluateInstruction) -> tuple[Tally, str]:
+def _scored(run: SiteRun, schema: Schema, warmup: GlobalModel, final: GlobalModel) -> tuple[Tally, str]:
     """The tally of test questions, and the samples that may be shown, as JSON."""
-    manifest = run.round_zero.manifest
-    warmup, final = GlobalModel(manifest, instruction.warmup), GlobalModel(manifest, instruction.final)
-    warmup.verify(instruction.warmup_digest)
-    final.verify(instruction.model_digest)
-    schema = run.schema(instruction.schema_digest)
     questions = run.held_out("test", schema, run.config.evaluation.questions_per_site)
     if not questions:
         return Tally.empty(schema.names, EVALUATED), policy.NO_SAMPLES
@@ -326,13 +335,13 @@ def _scored(run: SiteRun, instruction: EvaluateInstruction) -> tuple[Tally, str]
     outcomes["warmup"] = evaluate_questions(lm, questions, run.template, run.config)
     lm.set_vector(final.full, trainable_only=False)
     # Where no round was better than the warm-up, they are one model.
-    same = instruction.model_digest == instruction.warmup_digest
+    same = final.digest == warmup.digest
     outcomes["final"] = outcomes["warmup"] if same else evaluate_questions(lm, questions, run.template, run.config)
     tally, samples = Tally.of(questions, outcomes, schema.names), _samples(run, lm, questions, outcomes)
     local_report.write(
         run.folder / "report.html",
         site=run.site.config.name,
-        run_id=instruction.run_id,
+        run_id=run.instruction.run_id,
         tally=tally,
         labels={feature.name: feature.label for feature in run.site.dictionary.features},
         samples=samples,

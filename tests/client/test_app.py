@@ -246,7 +246,7 @@ def test_everything_that_leaves_is_in_the_ledger_with_its_size_and_digest(
         assert (entry["bytes"], entry["sha256"]) == (len(data), hashlib.sha256(sent_head).hexdigest())
     assert [entry["kind"] for entry in entries(folder)] == ["egress", "egress", "refusal"]
     assert [entry["phase"] for entry in entries(folder)] == ["query.warmup", "query.count", "query.count"]
-    registry = Site.open(folder / "site.toml").source_digest.hex()
+    registry = Site.open(folder / "site.toml").registry_digest
     assert [entry["registry"] for entry in entries(folder)] == [registry, registry, ""]
     assert Site.open(folder / "site.toml").ledger.verify() == 3
 

@@ -446,6 +446,9 @@ def test_what_left_is_known_by_run_round_and_phase(tmp_path: Path):
     module._states.clear()
     asked = [(RUN, 1, "query.mask"), (RUN, 2, "query.mask"), (RUN, 1, "query.unmask"), ("cd" * 16, 1, "query.mask")]
     assert [ledger.has_left(*about) for about in asked] == [True, False, False, False]
+    assert [ledger.has_left(RUN, 1, "query.mask", since=number) for number in (1, 2)] == [True, False]
+    add(ledger, 1, round_index=1, phase="query.mask")
+    assert ledger.has_left(RUN, 1, "query.mask", since=2)
 
 
 # ---- budget events
@@ -454,13 +457,13 @@ def test_what_left_is_known_by_run_round_and_phase(tmp_path: Path):
 def test_a_budget_event_is_recorded_once_for_a_round_however_often_it_is_asked(tmp_path: Path):
     ledger = ledger_in(tmp_path)
     assert ledger.spent() == []
-    assert ledger.spend(event(), RUN, 1, "noised training")
+    assert ledger.spend(event(), RUN, 1, "noised training") == 1
     for _ in range(2):
-        assert not ledger.spend(event(), RUN, 1, "noised training")
+        assert ledger.spend(event(), RUN, 1, "noised training") == 1  # its line, again
         module._states.clear()
-    assert ledger.spend(event("schema"), RUN, 1, "noised counts")
-    assert ledger.spend(event(), RUN, 2, "noised training")
-    assert ledger.spend(event(), "cd" * 16, 1, "noised training")
+    assert ledger.spend(event("schema"), RUN, 1, "noised counts") == 2
+    assert ledger.spend(event(), RUN, 2, "noised training") == 3
+    assert ledger.spend(event(), "cd" * 16, 1, "noised training") == 4
     assert ledger.spent() == [event(), event("schema"), event(), event()]
     assert ledger.spent(RUN) == [event(), event("schema"), event()]
     assert [(one.run, one.round_index) for one in ledger.history()] == [(RUN, 1), (RUN, 1), (RUN, 2), ("cd" * 16, 1)]
@@ -533,7 +536,7 @@ def test_a_kill_between_a_budget_event_and_its_head_is_mended_by_the_repetition(
     ledger.spend(event(), RUN, 1, "noised training")
     before = ledger.head.read_bytes()
     ledger.head.unlink()
-    assert not ledger.spend(event(), RUN, 1, "noised training")
+    assert ledger.spend(event(), RUN, 1, "noised training") == 1
     assert ledger.head.read_bytes() == before
     ledger.head.write_bytes(b"{")
     with pytest.raises(VerificationError, match="damaged"):

@@ -110,11 +110,23 @@ def test_who_opted_out_is_in_the_registrys_digest_so_no_registry_of_before_is_us
     digests = []
     for text in (None, IDS[0], f"{IDS[0]}\n{IDS[1]}", IDS[0], None):
         site = open_with(folder, text)
-        digests.append(site.source_digest)
+        digests.append((site.source_digest, site.registry_digest))
         gone = set() if text is None else set(text.split("\n"))
         assert set(site.registry.patients.tolist()) == set(IDS) - gone
-        assert site.registry_read == site.source_digest.hex()
+        assert site.registry_read == site.registry_digest
     assert digests[0] == digests[4] and digests[1] == digests[3] and len(set(digests)) == 3
+
+
+def test_the_ledgers_digest_of_a_registry_tells_nothing_to_whoever_lacks_the_sites_key(folder: Path):
+    """A ledger is shown to others: a copy of the table with or without one patient must not be what it can be tried with."""
+    site_toml = folder / "site.toml"
+    told = []
+    for key in ("11" * 32, "22" * 32):
+        site_toml.write_text(re.sub(r'split_key = ".*"', f'split_key = "{key}"', site_toml.read_text()))
+        site = Site.open(site_toml)
+        assert site.registry_read == ""  # nothing was read
+        told.append((site.source_digest, site.registry_digest))
+    assert told[0][0] == told[1][0] and told[0][1] != told[1][1]
 
 
 def test_when_all_opted_out_nobody_is_left(folder: Path):

@@ -186,7 +186,7 @@ def spend_all(site: PolicyConfig, run_id: str, history: list[Spend]) -> int:
             orders = policy.check_spend(site, history, event, run_id=run_id, plan=PLAN, privacy=ASKED)
         except RefusedError:
             return index
-        history.append(Spend(run_id, index, event.to_json(), orders))
+        history.append(Spend(run_id, index, event.to_json(), orders, len(history) + 1))
     return len(PLAN)
 
 
@@ -233,7 +233,7 @@ def test_a_run_that_asks_for_more_than_its_own_epsilon_is_refused_without_any_po
     about = {"run_id": THIS, "plan": PLAN, "privacy": asked}
     for index, event in enumerate(PLAN):
         orders = policy.check_spend(PolicyConfig(), history, event, **about)
-        history.append(Spend(THIS, index, event.to_json(), orders))
+        history.append(Spend(THIS, index, event.to_json(), orders, len(history) + 1))
     with pytest.raises(RefusedError, match=rf"privacy\.epsilon: the run says {least:g} at delta = 1e-05; spent"):
         policy.check_spend(PolicyConfig(), history, PLAN[1], **about)
     other = {**about, "run_id": OTHER}
@@ -249,7 +249,7 @@ def test_the_noise_that_follows_from_epsilon_is_looked_at_when_it_is_spent():
 
 
 def test_a_refusal_says_the_budget_what_is_spent_and_what_was_asked():
-    history = [Spend(THIS, 1, Event("rounds", 1.5, 1.0, 4).to_json(), {"total": 8.0})]
+    history = [Spend(THIS, 1, Event("rounds", 1.5, 1.0, 4).to_json(), {"total": 8.0}, 1)]
     with pytest.raises(
         RefusedError, match=r"policy\.epsilon: this hospital allows 6 at delta = 1e-05; spent [\d.]+, and"
     ):
