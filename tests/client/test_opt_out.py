@@ -118,7 +118,7 @@ def test_who_opted_out_is_in_the_registrys_digest_so_no_registry_of_before_is_us
 
 
 def test_the_ledgers_digest_of_a_registry_tells_nothing_to_whoever_lacks_the_sites_key(folder: Path):
-    """A ledger is shown to others: a copy of the table with or without one patient must not be what it can be tried with."""
+    """A ledger is shown to others: nobody may try out with it whether a copy of the table lacks one patient."""
     site_toml = folder / "site.toml"
     told = []
     for key in ("11" * 32, "22" * 32):
