@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from .audit.cli import audit
 from .experiments.cli import experiment
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -17,6 +18,7 @@ def simulate() -> None:
     """Hospitals and coordinator on this one machine."""
 
 
+simulate.add_command(audit)
 simulate.add_command(experiment)
 
 
