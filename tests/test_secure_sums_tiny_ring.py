@@ -24,6 +24,7 @@ from functools import cache
 from itertools import combinations, product
 from math import prod
 
+import numpy as np
 import pytest
 
 from . import secure_sums_reference as ref
@@ -204,10 +205,19 @@ def all_views(game: Game, layer: Layer, q: int) -> Views:
         return number((*masked, *(label(secret, game.t, holders) for secret, holders in shared)))
 
     secrets, views = worlds(game, q), {}
+    # What every site shows in every world, by payload; then a view is its sites' numbers as one number.
+    of_site = [
+        [np.array([seen(u, x, *world[place]) for world in secrets], np.int64) for x in range(q)]
+        for place, u in enumerate(game.honest)
+    ]
+    most = 1 + max(int(shown.max()) for by_payload in of_site for shown in by_payload)
+    assert most ** len(of_site) < 2**63
     for inputs in product(range(q), repeat=len(game.honest)):
-        sites = list(zip(game.honest, inputs, strict=True))
-        total = Counter(tuple(seen(u, x, *own) for (u, x), own in zip(sites, world, strict=True)) for world in secrets)
-        views[inputs] = frozenset(total.items())
+        whole = np.zeros(len(secrets), np.int64)
+        for by_payload, x in zip(of_site, inputs, strict=True):
+            whole = whole * most + by_payload[x]
+        outcomes, counts = np.unique(whole, return_counts=True)
+        views[inputs] = frozenset(zip(outcomes.tolist(), counts.tolist(), strict=True))
     return views
 
 
@@ -360,9 +370,12 @@ def test_a_threshold_at_the_bound_lets_some_behaviour_leak():
 
 
 def test_without_the_quorum_of_signatures_some_behaviour_leaks():
+    known: set[str] = set()
     for shown in every_behaviour(4, 3, frozenset((4,))):
         answers = {v: statement for v, statement in shown.items() if v in statement[1]}
         game = Game(4, 3, frozenset((4,)), {v: [shared] for v, (shared, _) in shown.items()}, answers)
-        if leaks(game, plain, 2):
+        same = repr((game.masked, sorted(answers.items())))
+        if same not in known and leaks(game, plain, 2):
             return
+        known.add(same)
     pytest.fail("nothing leaked")

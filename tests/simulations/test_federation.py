@@ -26,7 +26,8 @@ from wardround.server.receipts import Agreement, check, read_run
 from wardround.server.tracking import SilentProgress
 from wardround.simulations.federation import divide, load_registry, needed_bytes, simulate, write_sites
 
-REPOSITORY = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("cheap_scrypt")
+
 ROUTES = ("train.local", "evaluate.validate", "query.shares", "query.mask", "query.survivors", "query.unmask")
 # One process after another works on one run, and kills itself with signal 9 where it is told to: the n-th message of a
 # route and round is on its way (before) or was just carried out (after). All are forked: torch is imported once.
@@ -36,8 +37,11 @@ from pathlib import Path
 from wardround.common.cli import quiet_third_parties
 quiet_third_parties()
 import torch, trl, peft
+from wardround.common import identity
 from wardround.common.config import load_run
 from wardround.simulations import federation
+
+identity._SCRYPT["n"] = 2**4  # what the cheap_scrypt fixture does
 
 class Grid(federation.InProcessGrid):
     def pull_messages(self, message_ids):
@@ -70,6 +74,7 @@ def settings(base: Path, **changes: Any) -> RunConfig:
         "seed": 3,
         "model": {"id": str(base), "device": "cpu", "prompt": "en_short"},
         "warmup": {"enabled": False},
+        "questions": {"features_per_record": 4},
         "grpo": {"local_steps": 2, "patients_per_step": 4, "expectation": "exact", "learning_rate": 0.01},
         "federation": {"rounds": 2, "validation_questions_per_site": 5, "rollback_tolerance": 1.0},
         "evaluation": {"questions_per_site": 10, "bootstrap_samples": 100, "samples": 1, "sample_tokens": 3},
@@ -291,43 +296,34 @@ def test_the_same_run_in_another_folder_gives_the_same_adapter(whole: Whole, tmp
     assert rounds(tmp_path / "run", traffic=True) == rounds(whole[0], traffic=True)
 
 
-def points(*more: tuple[str, int, int, str, str]) -> list[tuple[str, int, int, str, str]]:
-    """Where processes end, the last by itself; the messages of a round are those that a process sends."""
-    return [*more, ("none", 0, -1, "after", "SIGKILL")]
+# Where processes end, one after another, in every exchange and every sum; the messages are those that a process sends.
+KILLS = [
+    ("query.shares", 0, 2, "before", "SIGKILL"),
+    ("query.unmask", 0, 1, "after", "SIGKILL"),
+    ("train.local", 1, 2, "before", "SIGKILL"),
+    ("query.shares", 1, 2, "after", "SIGKILL"),
+    ("query.mask", 1, 2, "after", "SIGKILL"),
+    ("query.survivors", 1, 1, "before", "SIGKILL"),
+    ("query.survivors", 1, 3, "after", "SIGKILL"),
+    ("query.unmask", 1, 2, "after", "SIGKILL"),
+    ("query.mask", 1, 2, "before", "SIGKILL"),
+    ("train.local", 2, 1, "after", "SIGKILL"),
+    ("query.mask", 2, 3, "after", "SIGINT"),
+    ("evaluate.test", 2, 2, "after", "SIGKILL"),
+    ("query.unmask", 2, 2, "before", "SIGKILL"),
+    ("query.finalize", 2, 2, "before", "SIGKILL"),
+    ("none", 0, -1, "after", "SIGKILL"),  # the last ends by itself
+]
 
 
-@pytest.mark.parametrize(
-    "where",
-    [
-        points(("train.local", 2, 1, "after", "SIGKILL")),
-        points(("query.mask", 2, 3, "after", "SIGINT")),
-        points(  # one after another, in every exchange and every sum
-            ("query.shares", 0, 2, "before", "SIGKILL"),
-            ("query.unmask", 0, 1, "after", "SIGKILL"),
-            ("train.local", 1, 2, "before", "SIGKILL"),
-            ("query.shares", 1, 2, "after", "SIGKILL"),
-            ("query.mask", 1, 2, "after", "SIGKILL"),
-            ("query.survivors", 1, 1, "before", "SIGKILL"),
-            ("query.survivors", 1, 3, "after", "SIGKILL"),
-            ("query.unmask", 1, 2, "after", "SIGKILL"),
-            ("query.mask", 1, 2, "before", "SIGKILL"),
-            ("evaluate.test", 2, 2, "after", "SIGKILL"),
-            ("query.unmask", 2, 2, "before", "SIGKILL"),
-            ("query.finalize", 2, 2, "before", "SIGKILL"),
-        ),
-    ],
-    ids=["trained", "masked-ctrl-c", "everywhere"],
-)
-def test_a_killed_run_that_is_resumed_gives_the_same_adapter_bit_for_bit(
-    whole: Whole, tmp_path: Path, where: list[tuple[str, int, int, str, str]]
-):
+def test_a_killed_run_that_is_resumed_gives_the_same_adapter_bit_for_bit(whole: Whole, tmp_path: Path):
     out = tmp_path / "run"
     (tmp_path / "run.toml").write_text((whole[0] / "config.resolved.toml").read_text())
-    command = [sys.executable, "-c", RUN, str(tmp_path / "run.toml"), str(out), json.dumps(where)]
+    command = [sys.executable, "-c", RUN, str(tmp_path / "run.toml"), str(out), json.dumps(KILLS)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=500)
     ends = [line.split() for line in done.stdout.splitlines()]
-    signals = [{"SIGKILL": "9", "SIGINT": "2"}[how] for *_, how in where[:-1]]
+    signals = [{"SIGKILL": "9", "SIGINT": "2"}[how] for *_, how in KILLS[:-1]]
     assert ends == [[number, "0"] for number in (*signals, "0")], done.stderr
     assert final_digest(out) == final_digest(whole[0])
     for name in ("adapter/adapter_model.safetensors", "model/model.safetensors", "evaluation.json"):
@@ -536,7 +532,7 @@ def test_a_site_that_loses_its_identity_is_left_out_where_enough_are_left(tmp_pa
 def test_reasoning_questions_run_through_sampled_rollouts(tmp_path: Path, tiny_model_path: Path):
     config = settings(
         tiny_model_path,
-        questions={"reasoning_tokens": 4},
+        questions={"features_per_record": 4, "reasoning_tokens": 4},
         grpo={"local_steps": 1, "patients_per_step": 3, "group_size": 3},
         federation={"rounds": 1, "server_optimizer": "fedadam", "server_learning_rate": 0.001, "weighting": "patients"},
         lora={"strategy": "fedit", "rank": 4, "alpha": 8},
