@@ -22,20 +22,20 @@ device = "cpu"
 [lora]
 rank = 4
 [questions]
-features_per_record = 6
+features_per_record = 4
 [warmup]
 enabled = false
 [grpo]
-local_steps = 2
-patients_per_step = 4.0
+local_steps = 1
+patients_per_step = 3.0
 [privacy]
 enabled = false
 [federation]
-rounds = 2
-validation_questions_per_site = 8
+rounds = 1
+validation_questions_per_site = 3
 [evaluation]
-questions_per_site = 10
-bootstrap_samples = 200
+questions_per_site = 4
+bootstrap_samples = 100
 samples = 0
 [simulation]
 registry = "synthetic"
@@ -75,7 +75,7 @@ def test_ctrl_c_is_one_line_and_the_same_command_with_resume_finishes(folder: Pa
     assert out == "" and not (folder / "out" / "report.html").exists()
     done = call(folder, "--json", "--resume")
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout)["final"]["n"] == 30
+    assert json.loads(done.stdout)["final"]["n"] == 12
     assert (folder / "out" / "report.html").exists()
 
 
@@ -84,7 +84,7 @@ def test_a_mistake_can_be_corrected_in_the_same_folder(folder: Path):
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: prompt 'nosuch': no such template") and wrong.stderr.count("\n") == 1
     assert not (folder / "out").exists()
-    right = call(folder, "--set", "federation.rounds=1")
+    right = call(folder)
     assert right.returncode == 0, right.stderr
     # Without a warm-up nothing is called warmed up, neither in the table nor in the sentence below it.
     assert "warmed" not in right.stdout and "base model" in right.stdout and "report: out/report.html" in right.stdout

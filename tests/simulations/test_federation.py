@@ -30,15 +30,17 @@ pytestmark = pytest.mark.usefixtures("cheap_scrypt")
 
 ROUTES = ("train.local", "evaluate.validate", "query.shares", "query.mask", "query.survivors", "query.unmask")
 # One process after another works on one run, and kills itself with signal 9 where it is told to: the n-th message of a
-# route and round is on its way (before) or was just carried out (after). All are forked: torch is imported once.
+# route and round is on its way (before) or was just carried out (after). All are forked: torch is imported and the base
+# model is read once.
 RUN = """
 import json, os, signal, sys
 from pathlib import Path
 from wardround.common.cli import quiet_third_parties
 quiet_third_parties()
-import torch, trl, peft
+import wardround.client.evaluation, wardround.client.grpo, wardround.server.run, wardround.server.finalize
 from wardround.common import identity
 from wardround.common.config import load_run
+from wardround.common.lm import models
 from wardround.simulations import federation
 
 identity._SCRYPT["n"] = 2**4  # what the cheap_scrypt fixture does
@@ -56,11 +58,13 @@ class Grid(federation.InProcessGrid):
         return iter(done)
 
 federation.InProcessGrid = Grid
+config = load_run(Path(sys.argv[1]))
+models.shared(config.model, config.lora, config.seed)
 for route, round_index, Grid.left, when, how in json.loads(sys.argv[3]):
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        federation.simulate(load_run(Path(sys.argv[1])), Path(sys.argv[2]), resume=True)
+        federation.simulate(config, Path(sys.argv[2]), resume=True)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     print(os.WTERMSIG(status), os.WEXITSTATUS(status), flush=True)

@@ -234,10 +234,10 @@ class Relay:
             self.attempt.add_answer(site, answer)
         return self.attempt.unmask()
 
-    def run(self, until: int = 5) -> tuple[Ring, Tail] | None:
-        """Exchanges 1 to `until`; the sum after the fifth."""
+    def run(self, until: int = 5, after: int = 0) -> tuple[Ring, Tail] | None:
+        """Exchanges `after` + 1 to `until`; the sum after the fifth."""
         total = None
-        for step in (self.keys, self.shares, self.masked, self.consistency, self.unmask)[:until]:
+        for step in (self.keys, self.shares, self.masked, self.consistency, self.unmask)[after:until]:
             total = step()
         return total if until == 5 else None  # pyright: ignore[reportReturnType]
 

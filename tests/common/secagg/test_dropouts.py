@@ -5,6 +5,8 @@ all later ones; one that sent its masked vector is a survivor, whatever it does 
 """
 
 from collections.abc import Collection
+from copy import deepcopy
+from functools import cache
 from itertools import combinations
 
 import pytest
@@ -21,24 +23,37 @@ def some(n: int, least: int, most: int) -> list[tuple[int, ...]]:
     return [gone for size in range(least, most + 1) for gone in combinations(range(n), size)]
 
 
-def started(n: int, t: int, c: int, gone: dict[int, Collection[int]]) -> tuple[list[Party], Relay]:
+@cache
+def whole_until(n: int, t: int, c: int, exchange: int) -> tuple[list[Party], Relay]:
+    """Nobody is silent up to and with this exchange: the same whoever is later. To be copied."""
     sites = parties(n, c)
-    return sites, relay(sites, t, gone={phase: [sites[i].id for i in who] for phase, who in gone.items()})
+    run = relay(sites, t)
+    run.run(exchange)
+    return sites, run
+
+
+def started(n: int, t: int, c: int, gone: dict[int, Collection[int]]) -> tuple[list[Party], Relay, int]:
+    """Sites, coordinator, and how many exchanges they have behind them: all before the first that somebody misses."""
+    done = min(gone) - 1
+    before = whole_until(n, t, c, done)
+    sites, run = deepcopy(before, {id(site.identity): site.identity for site in before[0]})  # keys cannot be copied
+    run.gone = {phase: [sites[i].id for i in who] for phase, who in gone.items()}
+    return sites, run, done
 
 
 def check_sum(n: int, t: int, c: int, gone: dict[int, Collection[int]]) -> None:
-    sites, run = started(n, t, c, gone)
+    sites, run, done = started(n, t, c, gone)
     out = {i for phase, who in gone.items() if phase <= 3 for i in who}
-    total = run.run()
+    total = run.run(after=done)
     assert total is not None
     assert as_lists(total) == plain_sum(site for i, site in enumerate(sites) if i not in out)
     assert run.attempt.misfits == ()
 
 
 def check_nothing(n: int, t: int, c: int, gone: dict[int, Collection[int]]) -> None:
-    sites, run = started(n, t, c, gone)
+    sites, run, done = started(n, t, c, gone)
     with pytest.raises(SumError) as caught:
-        run.run()
+        run.run(after=done)
     assert caught.value.code == "threshold"
     # What is left in memory is masked: no value of the sum of those who sent theirs.
     masked = run.attempt.to_record()[1]["ring"].view("<u4").tolist() if run.attempt._keys is not None else []
@@ -91,9 +106,9 @@ def test_a_member_that_is_silent_in_one_exchange_only_is_heard_in_the_next():
 
 
 def test_after_a_failure_before_signing_fresh_keys_give_the_sum():
-    sites, run = started(5, 4, 2, {3: [0, 1]})
+    sites, run, done = started(5, 4, 2, {3: [0, 1]})
     with pytest.raises(SumError, match="threshold"):
-        run.run()
+        run.run(after=done)
     second = relay(sites, 4, binding=run.binding.__class__(**{**vars(run.binding), "attempt": 2}))
     total = second.run()
     assert total is not None and as_lists(total) == plain_sum(sites)

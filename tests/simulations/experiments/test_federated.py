@@ -11,6 +11,8 @@ from wardround.common.config import QuestionsConfig, RunConfig
 from wardround.simulations.experiments import federated
 from wardround.simulations.experiments.ceiling import gradient_boosting_answers
 
+pytestmark = pytest.mark.usefixtures("cheap_scrypt")
+
 
 def config(base: Path, **grpo) -> RunConfig:
     return RunConfig.model_validate(
