@@ -38,10 +38,12 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Canaries:
-    """Attributes:
-    places: int64 (m, width), places in the trained vector, all different.
-    included: bool (m,), the coins.
-    spare: int64, places without a canary.
+    """Where canaries are, and which.
+
+    Attributes:
+        places: int64 (m, width), places in the trained vector, all different.
+        included: bool (m,), the coins.
+        spare: int64, places without a canary.
     """
 
     places: NDArray[np.int64]

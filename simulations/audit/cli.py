@@ -17,7 +17,7 @@ _PARTS = ("one-run", "membership", "inversion")
 @click.argument("config", type=click.Path(path_type=Path), default=Path("audit"))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The audit's folder.")
 @click.option("--epsilon", "epsilons", default="1,2,4", show_default=True, help="The ε that are claimed.")
-@click.option("--canaries", default=5000, show_default=True, type=click.IntRange(100), help="Of the one-run bound.")
+@click.option("--canaries", default=4000, show_default=True, type=click.IntRange(100), help="Of the one-run bound.")
 @click.option(
     "--members", default=300, show_default=True, type=click.IntRange(20), help="Canary patients that are trained on."
 )

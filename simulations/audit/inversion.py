@@ -6,10 +6,10 @@ and of the right answers, were read from an update of one step, against chance.
 The attacker knows the model that was sent, the prompt, which features the record shows, what was asked and its options;
 not the values, and not which option was right. For every value it has a list of candidates (the true one and those of
 other patients), changes one at a time and keeps what makes the gradient of the whole question most like the update
-(cosine similarity; AdamW's first step says little more than signs, so those are compared). Nothing better is tried, so
-what is not read here may be readable; text that is on no list of candidates is not read at all. Methods that recover
-text from nothing (arXiv 2405.15586) need gradients of more rank than a LoRA adapter of a few dozen has, for prompts of
-more tokens than that.
+(cosine similarity; AdamW's first step says little more than signs, so those are compared), from three starts. Nothing
+better is tried, so what is not read here may be readable; text that is on no list of candidates is not read at all.
+Methods that recover text from nothing (DAGER, arXiv 2405.15586) need gradients of a rank above the number of tokens;
+those of a LoRA adapter have its own rank.
 
 What is seen is what client/grpo.py, client/private_optimizer.py and the masks of secure sums make of the same patient:
 
@@ -44,7 +44,8 @@ from .membership import Members
 
 CANDIDATES = 8  # for each value, the true one among them
 CROWD = 8  # patients of a step
-_SWEEPS = 3
+_STARTS, _SWEEPS = 3, 8
+_CERTAIN = 0.99  # likeness of a question that is the right one
 _ADAM_EPSILON = 1e-8
 
 Float32 = NDArray[np.float32]
@@ -118,17 +119,33 @@ class Attacker:
     def read(
         self, update: Float32, record: Record, lists: Sequence[Sequence[str]], rng: np.random.Generator
     ) -> tuple[list[str], int]:
-        """The values and the right option that explain the update best, one at a time from a random start."""
+        """The values and the right option that explain the update best, of some random starts."""
+        best: tuple[float, list[str], int] = -2.0, [], 0
+        for _ in range(_STARTS):
+            found = self._climb(update, record, lists, rng)
+            best = max(best, found, key=lambda one: one[0])
+            if best[0] > _CERTAIN:
+                break
+        return best[1], best[2]
+
+    def _climb(
+        self, update: Float32, record: Record, lists: Sequence[Sequence[str]], rng: np.random.Generator
+    ) -> tuple[float, list[str], int]:
+        """From a random start, one value at a time, until nothing is more like the update."""
         lines, options = [str(rng.choice(each)) for each in lists], len(record.question.options)
-        answer = int(rng.integers(options))
+        answer, likeness = int(rng.integers(options)), -1.0
         for _ in range(_SWEEPS):
-            tried = [record.with_lines(lines, option) for option in range(options)]
-            answer = int(self.likeness(update, tried).argmax())
+            before = answer, list(lines)
+            found = self.likeness(update, [record.with_lines(lines, option) for option in range(options)])
+            answer, likeness = int(found.argmax()), float(found.max())
             for place, each in enumerate(lists):
                 if len(each) > 1:
                     tried = [record.with_lines([*lines[:place], line, *lines[place + 1 :]], answer) for line in each]
-                    lines[place] = each[int(self.likeness(update, tried).argmax())]
-        return lines, answer
+                    found = self.likeness(update, tried)
+                    lines[place], likeness = each[int(found.argmax())], float(found.max())
+            if (answer, lines) == before:
+                break
+        return likeness, lines, answer
 
 
 def update_of(

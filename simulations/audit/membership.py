@@ -68,19 +68,25 @@ class Members:
         return [self.questions[index] for index in patient_indices]
 
 
-def groups(questions: Sequence[Question], members: Mapping[str, int], rng: np.random.Generator) -> dict[str, Group]:
-    """Canary and ordinary patients, with so many members of each; the questions are divided evenly, in random order."""
-    order = rng.permutation(len(questions))
+def groups(
+    questions: Sequence[Question], members: Mapping[str, int], others: int, rng: np.random.Generator
+) -> dict[str, Group]:
+    """Canary and ordinary patients: so many members of each kind, and so many others of each; who is which by lot.
+
+    Raises:
+        ValueError: there are too few patients.
+    """
+    needed = sum(members.values()) + others * len(members)
+    if needed > len(questions):
+        raise ValueError(f"patients trained on and others: expected at most {len(questions)} in all, got {needed}")
+    order, start = rng.permutation(len(questions)), 0
     result: dict[str, Group] = {}
-    for kind, mine in zip(members, np.array_split(order, len(members)), strict=True):
-        if len(mine) < 2 * members[kind]:
-            raise ValueError(f"{kind} patients: expected at least {2 * members[kind]}, got {len(mine)}")
-        chosen = [questions[index] for index in mine]
+    for kind, trained in members.items():
+        chosen = [questions[index] for index in order[start : start + trained + others]]
+        start += trained + others
         if kind == "canary":
             chosen = [replace(question, answer=int(rng.integers(len(question.options)))) for question in chosen]
-        member = np.zeros(len(mine), dtype=bool)
-        member[rng.permutation(len(mine))[: members[kind]]] = True
-        result[kind] = Group(chosen, member)
+        result[kind] = Group(chosen, np.arange(trained + others) < trained)
     return result
 
 

@@ -55,16 +55,18 @@ class Settings:
         width: values of the trained vector that a canary has.
         bystanders: patients among whom the canaries are.
         canary_members, ordinary_members: patients of each kind that are trained on in membership inference.
+        others: patients of each kind that are not.
         attacked: patients whose records are read from an update.
         parts: of `PARTS`.
     """
 
     epsilons: tuple[float, ...] = (1.0, 2.0, 4.0)
-    canaries: int = 5000
+    canaries: int = 4000
     width: int = 4
     bystanders: int = 100
     canary_members: int = 300
     ordinary_members: int = 100
+    others: int = 700
     attacked: int = 20
     parts: tuple[str, ...] = PARTS
 
@@ -226,7 +228,7 @@ def memberships(case: Case, out: Path, say: Say) -> list[dict[str, Any]]:
     settings = case.settings
     members = {"canary": settings.canary_members, "ordinary": settings.ordinary_members}
     try:
-        groups = membership.groups(case.questions, members, case.rng("membership"))
+        groups = membership.groups(case.questions, members, settings.others, case.rng("membership"))
     except ValueError as error:
         raise ConfigError(f"--members: {error}") from None
     result: list[dict[str, Any]] = []
