@@ -147,6 +147,8 @@ def _print_quality(table: Path, dictionary: Dictionary, quality: Quality, mappin
     for finding in quality.findings:
         if finding.level == "note":
             console.print(f"note: {escape(finding.text)}", soft_wrap=True)
+    if dictionary.drafted_from:
+        console.print("note: a draft (drafted_from): private runs refuse it until the consortium has reviewed it")
     if quality.not_described:
         names = ", ".join(quality.not_described)
         console.print(f"note: not in the dictionary, never read: {escape(names)}", soft_wrap=True)

@@ -3,7 +3,7 @@
 Run at one hospital by whoever knows the table. Guesses roles, kinds, levels and ranges from the data; everything that
 only a person can know is marked `TODO`: clinical labels, units, plausible ranges, when a value is known, what restates
 an outcome. The draft holds codes and rounded extremes of this table, so it is for the hospital's eyes until a
-person has replaced them.
+person has replaced them, and says so: `drafted_from`, which private runs refuse (common/dictionary.py).
 """
 
 from __future__ import annotations
@@ -46,11 +46,13 @@ _SPIKE_SHARE, _SPIKE_TIMES = 0.08, 4.0  # one value this frequent, and this many
 SET_ASIDE = (
     "- what looks like an outcome, or like what follows from one, was set aside: it is never shown until you say so"
 )
+REVIEW = "- drafted_from: remove it when the consortium has agreed on the whole file; private runs refuse it until then"
 _HEAD = (
     "A draft made from the table itself. Read every line, correct it, and remove the TODO comments (check refuses a",
     "title, label, section, description or question that still says TODO):",
     "- label, unit, section: as a clinician would write them; description where the label is not enough",
     "- low, high: what is plausible in any patient, not what this table happens to hold",
+    REVIEW,
     "- known_at: days since admission when the value is known; an outcome is asked with what is known before it",
     "- role: outcome (asked, never shown), feature, excluded; whatever restates an outcome is excluded or in its hide",
     SET_ASIDE,
@@ -177,10 +179,15 @@ def draft(table: Path, id_column: str | None = None) -> Draft:
             entry, lines = draft_entry(data, column)
         features.append(entry)
         notes[column.name] = tuple(lines)
-    return finish(table, features, notes)
+    return finish(table, features, notes, "table")
 
 
-def finish(source: Path, features: list[Feature], notes: dict[str, tuple[str, ...]]) -> Draft:
+def finish(
+    source: Path,
+    features: list[Feature],
+    notes: dict[str, tuple[str, ...]],
+    drafted_from: Literal["table", "redcap"],
+) -> Draft:
     """The draft of these entries: likely outcomes set aside, labels made unique, name and title from the file.
 
     Raises:
@@ -205,9 +212,9 @@ def finish(source: Path, features: list[Feature], notes: dict[str, tuple[str, ..
         taken |= {label} if feature.used else set()
         features[position] = feature.model_copy(update={"label": label})
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", source.stem)[:64] or "registry"
-    return Draft(
-        Dictionary(name=name, title=f"TODO: what {source.stem} is", features=tuple(features)), notes, tuple(aside)
-    )
+    title = f"TODO: what {source.stem} is"
+    made = Dictionary(name=name, title=title, drafted_from=drafted_from, features=tuple(features))
+    return Draft(made, notes, tuple(aside))
 
 
 def _set_aside(feature: Feature, kind: str, where: str) -> tuple[Feature, str]:

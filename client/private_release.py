@@ -34,7 +34,7 @@ def noised_counts(vector: Ints, layout: Layout, multiplier: float, random: Secur
 
     Args:
         vector: of `layout`, of one row a patient.
-        layout: of the dictionary.
+        layout: of dictionary and config.
         multiplier: noise over sensitivity.
         random: the site's own.
     """

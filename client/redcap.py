@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ..common.dictionary import MAX_LEVELS, Feature, level_code
 from ..common.errors import RegistryError
-from .drafting import SET_ASIDE, Column, Draft, finish, number_entry, pretty, read_columns
+from .drafting import REVIEW, SET_ASIDE, Column, Draft, finish, number_entry, pretty, read_columns
 
 _HEADERS = {  # ours → (Online Designer's heading, API's name)
     "name": ("variable / field name", "field_name"),
@@ -51,6 +51,7 @@ _HEAD = (
     SET_ASIDE,
     "- known_at: days since admission when a value is known; hide or exclude whatever restates an outcome",
     "- add units, and plausible ranges where REDCap had no validation",
+    REVIEW,
 )  # fmt: skip
 
 
@@ -218,7 +219,7 @@ def import_redcap(path: Path, table: Path) -> Draft:
         if column.name not in described:  # redcap_event_name, …_complete and the like
             reason = "TODO: in the table, not in the REDCap dictionary"
             features.append(Feature(name=column.name, label=pretty(column.name), role="excluded", reason=reason))
-    return finish(path, features, notes)
+    return finish(path, features, notes, "redcap")
 
 
 def _entries(field: Field, path: Path, columns: dict[str, Column]) -> list[tuple[Feature, list[str]]]:

@@ -207,6 +207,10 @@ class PrivacyConfig(Frozen):
     # that what is left of epsilon decides σ.
     schema_noise_multiplier: Annotated[float, Field(gt=0)] = 4.0
     metrics_noise_multiplier: Annotated[float, Field(gt=0)] = 4.0
+    # Bins that a number has at most in the noised counts, in its histogram and in its pairs: every count carries the
+    # same noise, so few bins with many patients. docs/privacy.md §P7 has what these and others leave of a schema.
+    schema_bins: Annotated[int, Field(ge=2, le=192)] = 24
+    schema_pair_bins: Annotated[int, Field(ge=2, le=24)] = 3
 
     @model_validator(mode="after")
     def all_or_nothing(self) -> Self:

@@ -8,7 +8,8 @@ maxima, which would be patients' values. Counts of one site are private; only th
 The layout of the vector: rows; the fine histogram of every feature and outcome in dictionary order; the coarse table of
 every pair (i, j), i before j in dictionary order, row-major, except pairs of two outcomes (outcomes are never context).
 Missing values are counted nowhere, so tables are pairwise complete. Without noise the sum is aggregated, not
-differentially private.
+differentially private. In private runs bins are fewer (`Resolution`, from the run's config), because every count
+carries noise of one size however few patients it holds (common/noisy.py).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .errors import ProtocolError
 
 FINE_BINS = 192  # at most, for the mixtures of numbers; with "missing" a code fits in uint8
 COARSE_BINS = 24  # at most, for the pairs: plug-in mutual information is biased by about bins² / (2 × patients)
+SEEN_FROM = 2.0  # standard deviations of its noise from which a count is taken to be more than noise
 CHUNK_ROWS = 1 << 16  # codes of a pair stay in the processor's cache
 
 Integers = NDArray[np.int64]
@@ -60,6 +62,17 @@ def grid(feature: Feature) -> Grid:
 
 
 @dataclass(frozen=True)
+class Resolution:
+    """How many bins a number has at most: fine ones in its histogram, coarse ones in its pairs."""
+
+    fine: int = FINE_BINS
+    coarse: int = COARSE_BINS
+
+
+EXACT = Resolution()  # of counts without noise
+
+
+@dataclass(frozen=True)
 class Bins:
     """The bins of one column: fine ones for its histogram, coarse ones (merged fine ones) for its pairs.
 
@@ -79,20 +92,20 @@ class Bins:
         return -(-self.fine // self.merge)
 
     @classmethod
-    def of(cls, feature: Feature) -> Self:
-        """Equal bins on the feature's scale, from the dictionary alone."""
+    def of(cls, feature: Feature, resolution: Resolution = EXACT) -> Self:
+        """Equal bins on the feature's scale, from dictionary and resolution alone; a category's are its levels."""
         if feature.kind == "category":
             return cls(len(feature.levels), 1, np.empty(0))
         values = grid(feature)
         low, high = values.first - 0.5, values.last + 0.5
         if feature.scale == "log":
-            inner = np.floor(np.geomspace(low, high, FINE_BINS + 1)[1:-1]) + 0.5
+            inner = np.floor(np.geomspace(low, high, resolution.fine + 1)[1:-1]) + 0.5
             edges = np.unique(np.concatenate([[low], inner[(inner > low) & (inner < high)], [high]]))
         else:
-            each = -(-values.size // FINE_BINS)
+            each = -(-values.size // resolution.fine)
             edges = np.append(np.arange(low, high, each), high)
         fine = len(edges) - 1
-        return cls(fine, -(-fine // COARSE_BINS), edges)
+        return cls(fine, -(-fine // resolution.coarse), edges)
 
     def codes(self, feature: Feature, values: NDArray[Any]) -> NDArray[np.uint8]:
         """The fine bin of every value, `fine` for missing or out of range."""
@@ -113,11 +126,11 @@ class Bins:
 
 
 class Layout:
-    """Where each count lies in the flat vector; a function of the dictionary alone."""
+    """Where each count lies in the flat vector; a function of dictionary and resolution alone."""
 
-    def __init__(self, dictionary: Dictionary) -> None:
+    def __init__(self, dictionary: Dictionary, resolution: Resolution = EXACT) -> None:
         self.features = dictionary.used
-        self.bins = [Bins.of(feature) for feature in self.features]
+        self.bins = [Bins.of(feature, resolution) for feature in self.features]
         self.number = {feature.name: i for i, feature in enumerate(self.features)}
         offset = 1
         self.one_way: list[int] = []
@@ -136,22 +149,43 @@ class Layout:
 
 @dataclass(frozen=True)
 class Counts:
-    """Counts of one site, or their sum over sites (`+`)."""
+    """Counts of one site, or their sum over sites (`+`).
+
+    Attributes:
+        dictionary: gives the bins, with `resolution`.
+        vector: int64, as `Layout` has it; with noise some are below zero.
+        resolution: how fine the bins are.
+        bin_noise: standard deviation of the noise on rows and bins; 0: none.
+        cell_noise: of that on the cells of tables.
+    """
 
     dictionary: Dictionary
     vector: Integers
+    resolution: Resolution = EXACT
+    bin_noise: float = 0.0
+    cell_noise: float = 0.0
 
     @cached_property
     def layout(self) -> Layout:
-        return Layout(self.dictionary)
+        return Layout(self.dictionary, self.resolution)
 
     @property
     def rows(self) -> int:
-        """Rows counted, with missing values or not."""
-        return int(self.vector[0])
+        """Rows counted, with missing values or not; at least one where they carry noise."""
+        return int(max(self.vector[0], 1)) if self.bin_noise else int(self.vector[0])
 
     def one_way(self, name: str) -> Integers:
-        """Fine histogram of a column, (bins.fine,)."""
+        """Fine histogram of a column, (bins.fine,); what cannot be told from noise is 0."""
+        fine = self._fine(name)
+        return np.where(fine < SEEN_FROM * self.bin_noise, 0, fine)
+
+    def margin(self, name: str) -> Floats:
+        """Share of each coarse bin of a column, (bins.coarse,); with noise, none is below that of one row."""
+        fine, bins = self._fine(name), self.layout.bins[self.layout.number[name]]
+        coarse = np.maximum(np.add.reduceat(fine, np.arange(0, bins.fine, bins.merge)), 1)
+        return coarse / coarse.sum()
+
+    def _fine(self, name: str) -> Integers:
         i = self.layout.number[name]
         start = self.layout.one_way[i]
         return self.vector[start : start + self.layout.bins[i].fine]
@@ -166,9 +200,9 @@ class Counts:
         return self.vector[start : start + rows * columns].reshape(rows, columns)
 
     def __add__(self, other: Counts) -> Counts:
-        if self.dictionary.digest() != other.dictionary.digest():
-            raise ProtocolError("counts over different dictionaries cannot be added")
-        return Counts(self.dictionary, self.vector + other.vector)
+        if (self.dictionary.digest(), self.resolution) != (other.dictionary.digest(), other.resolution):
+            raise ProtocolError("counts over different dictionaries or bins cannot be added")
+        return Counts(self.dictionary, self.vector + other.vector, self.resolution)
 
     def to_vector(self) -> Integers:
         """The flat int64 vector, a copy."""
@@ -176,7 +210,7 @@ class Counts:
 
     @classmethod
     def from_vector(cls, vector: NDArray[Any], dictionary: Dictionary) -> Self:
-        """Counts from a vector of one site or of a sum.
+        """Counts without noise, from a vector of one site or of a sum.
 
         Raises:
             ProtocolError: not integers, not the length that the dictionary gives, or negative.
@@ -189,17 +223,18 @@ class Counts:
         return cls(dictionary, vector.astype(np.int64))
 
 
-def count(values: Mapping[str, NDArray[Any]], dictionary: Dictionary) -> Counts:
+def count(values: Mapping[str, NDArray[Any]], dictionary: Dictionary, resolution: Resolution = EXACT) -> Counts:
     """Count a registry's rows.
 
     Args:
         values: every feature and outcome of the dictionary, all of one length: numbers as float64 with NaN for missing,
             categories as int16 level index with -1 for missing.
         dictionary: gives the bins.
+        resolution: how fine they are.
 
     Memory beyond `values` is one chunk of uint8 codes; time is about 2 ns a row and pair.
     """
-    layout = Layout(dictionary)
+    layout = Layout(dictionary, resolution)
     result = np.zeros(layout.size, dtype=np.int64)
     for codes in _chunks(values, layout):
         result[0] += codes.shape[1]
@@ -214,7 +249,7 @@ def count(values: Mapping[str, NDArray[Any]], dictionary: Dictionary) -> Counts:
             joint = coarse[i] * np.uint16(columns + 1) + coarse[j]  # < 255 × 255: fits
             table = np.bincount(joint, minlength=(rows + 1) * (columns + 1)).reshape(rows + 1, columns + 1)
             result[start : start + rows * columns] += table[:rows, :columns].ravel()
-    return Counts(dictionary, result)
+    return Counts(dictionary, result, resolution)
 
 
 def _chunks(values: Mapping[str, NDArray[Any]], layout: Layout) -> Iterator[NDArray[np.uint8]]:

@@ -4,6 +4,9 @@ A dictionary is a TOML file (`configs/registries/*.toml`, docs/dictionary.md). I
 about patients: labels, units, plausible ranges, codes. Both ends need it, because bins, options and prompts come from
 it and never from one hospital's own minima and maxima; its digest tells two ends that they mean the same thing.
 
+A draft (`wardround client dictionary`) is no such file yet: its levels and ranges are those of one hospital's patients.
+It says so (`drafted_from`), and no private run is made over it (`check_reviewed`).
+
 The time of a value is `known_at`, days since admission. An outcome is asked with features known strictly before it,
 and `hide` names features that are never shown with a target because they restate it.
 """
@@ -168,6 +171,9 @@ class Dictionary(Frozen):
     title: str
     language: str = "en"
     public: bool = False  # True only for open or synthetic registries: their samples may be shown to anyone
+    # What a draft was made from; levels and ranges are then those of one hospital's patients. Empty: the consortium has
+    # reviewed it.
+    drafted_from: Literal["", "table", "redcap"] = ""
     source: str = ""
     licence: str = ""
     features: tuple[Feature, ...]
@@ -268,13 +274,34 @@ class Dictionary(Frozen):
     def digest(self) -> str:
         """SHA-256 hex of the canonical content; levels count in their order, which gives them their numbers.
 
-        `not_outcome` is left out: it answers a question of `check`, and no record or question differs by it.
+        `not_outcome` is left out: it answers a question of `check`, and no record or question differs by it. So is an
+        empty `drafted_from`; a draft and what becomes of it by review have two digests.
         """
         content = self.model_dump(mode="json")
+        if not self.drafted_from:
+            del content["drafted_from"]
         for feature in content["features"]:
             feature["levels"] = list(feature["levels"].items())
             del feature["not_outcome"]
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def check_reviewed(dictionary: Dictionary) -> None:
+    """Refuses a draft; called before anything is counted in a private run.
+
+    A person takes the mark away, by the consortium's decision, and every hospital gets that very file: it has another
+    digest than the draft, which warm-up compares and every site signs for before counts are added up.
+
+    Raises:
+        DictionaryError: levels and ranges are still those of one hospital's patients.
+    """
+    if dictionary.drafted_from:
+        what = {"table": "a hospital's table", "redcap": "a REDCap export"}[dictionary.drafted_from]
+        raise DictionaryError(
+            f"dictionary '{dictionary.name}': a draft made from {what}, whose levels and ranges are patients' values "
+            "that no noise covers: have the consortium review every entry, remove the line "
+            f'drafted_from = "{dictionary.drafted_from}", and give all hospitals that file; then start the private run'
+        )
 
 
 def parse_dictionary(data: Mapping[str, Any], source: str) -> Dictionary:

@@ -9,7 +9,8 @@ that X gives away, 1 for an exact copy at any prevalence. Raw mutual information
 2025, arXiv 2505.02722), cannot exceed H(Y), so a copy of a rare yes/no feature passes it; `mi_normalisation = "none"`
 reproduces that. Both quantities of the share carry the Miller-Madow correction, without which small registries would
 see shortcuts everywhere; it leaves an exact copy at exactly 1. The correction holds while a table has several rows for
-each of its cells, so the bins of numbers are merged first where it has fewer (`dense`).
+each of its cells, so the bins of numbers are merged first where it has fewer (`dense`). Counts with noise have a
+correction of their own (common/information.py), and what cannot be told from noise counts as nothing.
 """
 
 from __future__ import annotations
@@ -26,14 +27,12 @@ from .config import Frozen, QuestionsConfig, parse
 from .counts import Bins, Counts
 from .dictionary import Dictionary, Feature
 from .errors import RegistryError, VerificationError
+from .information import dense, information_nats, mutual_information, noised_information, share_given_away
 from .mixture import Mixture, fit_mixture
 
 # A component narrower than this share of the whole spread is a heap of one favourite value (37.0 °C), and nobody could
 # tell options two of its sds apart.
 SD_FLOOR_SHARE = 0.1
-# Below this many rows a cell the Miller-Madow correction is too small: two independent numbers of 80 patients would
-# share half of each other in 24 × 24 bins.
-ROWS_PER_CELL = 5
 
 
 class FeatureSchema(Frozen):
@@ -107,89 +106,6 @@ class Schema(Frozen):
             )
 
 
-def mutual_information(table: NDArray[np.int64]) -> float:
-    """Plug-in mutual information of a contingency table in nats; 0 for an empty one.
-
-    >>> round(mutual_information(np.array([[5, 0], [0, 5]])), 4)
-    0.6931
-    """
-    total = int(table.sum())
-    if total == 0:
-        return 0.0
-    x, y = np.nonzero(table)
-    joint = table[x, y] / total
-    return max(0.0, float(joint @ (np.log(joint) - np.log((table.sum(1)[x] / total) * (table.sum(0)[y] / total)))))
-
-
-def information_nats(table: NDArray[np.int64]) -> float:
-    """I(X;Y) of a table in nats, Miller-Madow corrected, at least 0."""
-    total = int(table.sum())
-    if total == 0:
-        return 0.0
-    x, y, xy = (int(np.count_nonzero(counts)) for counts in (table.sum(1), table.sum(0), table))
-    return max(0.0, mutual_information(table) + (x + y - xy - 1) / (2 * total))
-
-
-def share_given_away(table: NDArray[np.int64]) -> float:
-    """I(X;Y) / H(Y) of a table (X rows, Y columns), both Miller-Madow corrected, 0 to 1.
-
-    The correction adds (occupied cells - 1) / (2 n) to every plug-in entropy, and I = H(X) + H(Y) - H(X,Y).
-
-    >>> copy = np.array([[95, 0], [0, 5]])
-    >>> share_given_away(copy), round(mutual_information(copy), 3)
-    (1.0, 0.199)
-    """
-    total = int(table.sum())
-    if total == 0:
-        return 0.0
-    frequency = table.sum(0)[table.sum(0) > 0] / total
-    if len(frequency) < 2:
-        return 0.0
-    entropy = -float(frequency @ np.log(frequency)) + (len(frequency) - 1) / (2 * total)
-    return min(1.0, round(information_nats(table) / entropy, 12))
-
-
-def dense(table: NDArray[np.int64], merge_x: bool, merge_y: bool) -> NDArray[np.int64]:
-    """The table with fewer, fuller cells: adjacent bins merged until there are ROWS_PER_CELL rows for each cell.
-
-    The two neighbours with the fewest rows between them are merged, on the axis with more bins, on both where they have
-    equally many: so the table of an exact copy stays diagonal. An axis keeps two bins.
-
-    Args:
-        table: pair table (X rows, Y columns).
-        merge_x: whether X's bins have an order, as those of numbers; levels are never merged.
-        merge_y: likewise.
-
-    >>> dense(np.diag([8, 1, 1, 10]), True, True)
-    array([[10,  0],
-           [ 0, 10]])
-    """
-    table = table[table.sum(1) > 0][:, table.sum(0) > 0]
-    rows = int(table.sum())
-    while rows < ROWS_PER_CELL * table.size:
-        x, y = (size if may and size > 2 else 0 for size, may in zip(table.shape, (merge_x, merge_y), strict=True))
-        if not x and not y:
-            break
-        # Both from the table as it is: the margins of an exact copy are equal, and must be merged alike.
-        first_x, first_y = _fewest(table.sum(1)), _fewest(table.sum(0))
-        if x >= y:
-            table = _merged(table, first_x)
-        if y >= x:
-            table = _merged(table.T, first_y).T
-    return table
-
-
-def _merged(table: NDArray[np.int64], row: int) -> NDArray[np.int64]:
-    """The table with this row and the next as one."""
-    both: NDArray[np.int64] = table[row : row + 1] + table[row + 1 : row + 2]
-    return np.concatenate([table[:row], both, table[row + 2 :]])
-
-
-def _fewest(margin: NDArray[np.int64]) -> int:
-    """The first of the two neighbours with the fewest rows between them."""
-    return int(np.argmin(margin[:-1] + margin[1:])) if len(margin) > 1 else 0
-
-
 def derive_schema(counts: Counts, dictionary: Dictionary, settings: QuestionsConfig) -> Schema:
     """The schema of the pooled registry, from the sum of all sites' counts and from nothing else.
 
@@ -203,7 +119,7 @@ def derive_schema(counts: Counts, dictionary: Dictionary, settings: QuestionsCon
     unusable: dict[str, str] = {}
     for feature, bins in zip(counts.layout.features, counts.layout.bins, strict=True):
         histogram = counts.one_way(feature.name)
-        reason = _why_unusable(feature, histogram)
+        reason = _why_unusable(feature, histogram, noised=counts.bin_noise > 0)
         if reason:
             unusable[feature.name] = reason
         elif feature.kind == "number":
@@ -218,15 +134,12 @@ def derive_schema(counts: Counts, dictionary: Dictionary, settings: QuestionsCon
     for target in list(targets):
         feature = dictionary.feature(target.name)
         context = [other.name for other in dictionary.with_role("feature") if other.name != target.name]
-        tables = {name: _dense_table(counts, dictionary.feature(name), feature) for name in context}
-        if settings.mi_normalisation == "none":
-            scores = {name: mutual_information(counts.table(name, target.name)) for name in context}
-        else:
-            scores = {name: share_given_away(table) for name, table in tables.items()}
+        said = {name: _information(counts, dictionary.feature(name), feature, settings) for name in context}
+        scores = {name: score for name, (_, score) in said.items()}
         found = tuple(name for name in context if scores[name] > settings.mi_threshold)
         out_of_sight = tuple(name for name in context if name in {*found, *feature.hide})
         if feature.role == "feature" and settings.min_information_nats > 0:
-            most = max((information_nats(tables[name]) for name in context if name not in out_of_sight), default=0.0)
+            most = max((nats for name, (nats, _) in said.items() if name not in out_of_sight), default=0.0)
             if most < settings.min_information_nats:
                 targets.remove(target)
                 unusable[target.name] = (
@@ -256,13 +169,23 @@ def _require_a_feature(targets: list[FeatureSchema], unusable: Mapping[str, str]
         raise RegistryError(f"no usable feature: none of {len(unusable)} can be asked; '{first[0]}': {first[1]}")
 
 
-def _dense_table(counts: Counts, x: Feature, y: Feature) -> NDArray[np.int64]:
-    return dense(counts.table(x.name, y.name), x.kind == "number", y.kind == "number")
+def _information(counts: Counts, x: Feature, y: Feature, settings: QuestionsConfig) -> tuple[float, float]:
+    """What X says of Y: in nats, and as shortcuts are judged by (`mi_normalisation`)."""
+    table, raw = counts.table(x.name, y.name), settings.mi_normalisation == "none"
+    ordered = x.kind == "number", y.kind == "number"
+    if counts.cell_noise:
+        margins = counts.margin(x.name), counts.margin(y.name)
+        nats, share = noised_information(table, counts.cell_noise, margins, ordered)
+        return nats, nats if raw else share
+    full = dense(table, *ordered)
+    return information_nats(full), mutual_information(table) if raw else share_given_away(full)
 
 
-def _why_unusable(feature: Feature, histogram: NDArray[np.int64]) -> str:
+def _why_unusable(feature: Feature, histogram: NDArray[np.int64], noised: bool) -> str:
     """Why a column cannot be asked, or ''."""
     occupied = np.flatnonzero(histogram)
+    if noised and len(occupied) < 2:
+        return "fewer than two of its bins or levels can be told from the noise on the counts"
     if len(occupied) == 0:
         return "no value is known at any site"
     if len(occupied) == 1:

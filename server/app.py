@@ -18,7 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.serverapp import Grid, ServerApp
 
 from ..common.config import RunConfig, load_run
-from ..common.dictionary import Dictionary, load_dictionary
+from ..common.dictionary import Dictionary, check_reviewed, load_dictionary
 from ..common.errors import ConfigError, ProtocolError
 from ..common.identity import Identity, fingerprint
 from ..common.key_file import passphrase, read_key
@@ -160,6 +160,8 @@ def main(grid: Grid, context: Context) -> None:
             raise ConfigError(f"run config: expected '{key}', a path")
     config, out = load_run(Path(str(settings["config"]))), Path(str(settings["out"]))
     dictionary = load_dictionary(Path(str(settings["dictionary"])))
+    if config.privacy.enabled:
+        check_reviewed(dictionary)
     if config.federation.secure_aggregation != "bonawitz":
         raise ConfigError("federation.secure_aggregation = 'none': only a simulation adds up in the clear")
     file = Path(str(settings["roster"]))

@@ -33,7 +33,7 @@ from ..common.messages import (
     FinalizeReply,
     Reply,
 )
-from ..common.noisy import EVERYTHING, read_counts, read_results
+from ..common.noisy import EVERYTHING, read_counts, read_results, resolution
 from ..common.question import load_prompt
 from ..common.schema import Schema, derive_schema
 from ..common.secagg.keys import COUNTS, TEST
@@ -86,10 +86,9 @@ class Coordinator:
             def instruction(attempt: int) -> CountInstruction:
                 return CountInstruction(**self.consortium.head(0, model), attempt=attempt, dictionary_digest=digest)
 
-            size, inputs = Layout(self.dictionary).size, sums.input_digest(digest)
+            size, inputs = Layout(self.dictionary, resolution(self.config.privacy)).size, sums.input_digest(digest)
             total = self.sums.total(Work("counts", "counts", COUNTS, instruction, size, len(sums.COUNTS_TAIL), inputs))
-            counts = Counts.from_vector(self._counts(total), self.dictionary)
-            made = derive_schema(counts, self.dictionary, self.config.questions)
+            made = derive_schema(self._counts(total), self.dictionary, self.config.questions)
             about = {"schema": made.to_json(), "sites": total.sites, "patients": int(total.tail[0])}
             self.journal.write("schema", about)
             self.sums.forget("counts")
@@ -98,12 +97,12 @@ class Coordinator:
         sites.publish(schema)
         return schema
 
-    def _counts(self, total: Total) -> NDArray[np.int64]:
-        """The sum as counts: exact, or with the sites' noise as far as it can be told from them."""
+    def _counts(self, total: Total) -> Counts:
+        """The sum as counts: exact, or with the sites' noise."""
         privacy = self.config.privacy
         if not privacy.enabled:
-            return total.ring.astype(np.int64)
-        return read_counts(total.ring, Layout(self.dictionary), privacy.schema_noise_multiplier, len(total.sites))
+            return Counts.from_vector(total.ring.astype(np.int64), self.dictionary)
+        return read_counts(total.ring, self.dictionary, privacy, len(total.sites))
 
     def _tally(self, tail: NDArray[np.int64], schema: Schema, sites: int) -> Tally:
         if not self.config.privacy.enabled:

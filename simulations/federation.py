@@ -27,7 +27,7 @@ from ..client.registry import Registry, read_registry, split_rows, to_registry, 
 from ..common.adapter import Manifest
 from ..common.config import IdentityConfig, PolicyConfig, RunConfig, SiteConfig, to_toml
 from ..common.counts import count
-from ..common.dictionary import dump_dictionary, load_dictionary
+from ..common.dictionary import check_reviewed, dump_dictionary, load_dictionary
 from ..common.errors import ConfigError, RunFolderError, UserError
 from ..common.files import private_folder, write_atomic
 from ..common.identity import Card, Identity
@@ -298,6 +298,8 @@ def load_registry(config: RunConfig) -> Registry:
             f"dictionary '{registry.dictionary.name}': public = false; a simulation has all sites on one machine and "
             "shows samples, so it takes open or synthetic registries only (public = true in the dictionary)"
         )
+    if config.privacy.enabled:
+        check_reviewed(registry.dictionary)
     return registry
 
 
