@@ -51,6 +51,7 @@ def settings(base: Path, secure: str = "bonawitz", **changes: Any) -> RunConfig:
         "seed": 3,
         "model": {"id": str(base), "device": "cpu", "prompt": "en_short"},
         "warmup": {"enabled": False},
+        "questions": {"features_per_record": 4},
         "grpo": {"local_steps": 2, "patients_per_step": 4, "expectation": "exact", "learning_rate": 0.01},
         "federation": {
             "rounds": ROUNDS,
