@@ -69,6 +69,7 @@ def test_the_text_of_a_draft_loads_and_reads_its_table(tmp_path):
     text = dump_dictionary(drafted.dictionary, drafted.notes)
     dictionary = parse_dictionary(tomllib.loads(text), "draft")
     assert dictionary == drafted.dictionary and "# TODO" in text and not dictionary.public
+    assert dictionary.drafted_from == "table" and "# - drafted_from: remove it when the consortium has agreed" in text
     registry = read_registry(tmp_path / "t.csv", dictionary)
     assert np.isnan(registry.values["lactate"]).sum() == 4
     assert not np.isnan(registry.values["age"]).any()

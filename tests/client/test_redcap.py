@@ -111,6 +111,7 @@ def test_an_imported_dictionary_loads_and_reads_the_export(tmp_path):
     drafted = import_redcap(write(tmp_path, FIELDS), records(tmp_path))
     text = dump_dictionary(drafted.dictionary, drafted.notes)
     dictionary = parse_dictionary(tomllib.loads(text), "imported")
+    assert dictionary.drafted_from == "redcap" and "# - drafted_from: remove it" in text
     registry = read_registry(tmp_path / "records.csv", dictionary)
     assert len(registry) == 60
     assert set(registry.values["sex"].tolist()) == {0, 1, 2}

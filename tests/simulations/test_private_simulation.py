@@ -10,6 +10,7 @@ from wardround.client import payload
 from wardround.client.folder import Site
 from wardround.common import plan, sums
 from wardround.common.config import RunConfig
+from wardround.common.counts import Layout, Resolution
 from wardround.common.noisy import OFFSET
 from wardround.common.privacy import Event, Filter
 from wardround.common.secagg.keys import COUNTS, TEST, UPDATE
@@ -97,6 +98,7 @@ def test_updates_say_nothing_of_who_was_drawn_and_results_nothing_exact(whole: W
         counts = payload.require(folder, 0, COUNTS)
         assert counts.tail.tolist() == [200]  # as declared
         assert (counts.ring.view(np.int32) < 0).any()  # noise
+        assert len(counts.ring) == Layout(site.dictionary, Resolution(24, 3)).size < Layout(site.dictionary).size / 4
         results = payload.require(folder, 2, TEST)
         assert len(results.tail) == 16 and np.abs(results.tail - OFFSET).max() < 100
 
