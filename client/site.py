@@ -318,7 +318,8 @@ def _evaluate(run: SiteRun, instruction: EvaluateInstruction) -> tuple[NDArray[n
     tally, samples = _scored(run, schema, warmup, final)
     if random is None:
         return tally.to_vector(), samples
-    return private_release.noised_results(tally, privacy.metrics_noise_multiplier, random), samples
+    # Samples are whole records: in a private run they stay in the site's own report, of an open registry as well.
+    return private_release.noised_results(tally, privacy.metrics_noise_multiplier, random), policy.NO_SAMPLES
 
 
 def _scored(run: SiteRun, schema: Schema, warmup: GlobalModel, final: GlobalModel) -> tuple[Tally, str]:

@@ -84,57 +84,6 @@ def damaged(data: bytes, ids: list[bytes]) -> str:
     return "cut off" if checked.torn else ""
 
 
-def test_every_single_byte_change_of_a_forty_line_ledger_is_found_and_its_line_named(tmp_path: Path):
-    ledger = forty(tmp_path)
-    good, ids, rng = ledger.path.read_bytes(), ledger.keys.ids(), random.Random(1)
-    assert damaged(good, ids) == "" and ledger.verify() == 40
-    line = 1
-    for position, byte in enumerate(good):
-        other = (byte + rng.randrange(1, 256)) % 256
-        said = damaged(good[:position] + bytes([other]) + good[position + 1 :], ids)
-        at_end = byte == ord("\n") or other == ord("\n")
-        assert said and (f"line {line} " in said or at_end), (position, other, said)
-        line += byte == ord("\n")
-
-
-@pytest.mark.slow  # eight times the test above: every bit
-def test_every_single_bit_change_of_a_forty_line_ledger_is_found(tmp_path: Path):
-    ledger = forty(tmp_path)
-    good, ids = ledger.path.read_bytes(), ledger.keys.ids()
-    for position, byte in enumerate(good):
-        for bit in range(8):
-            assert damaged(good[:position] + bytes([byte ^ 1 << bit]) + good[position + 1 :], ids), (position, bit)
-
-
-def thousand(folder: Path) -> tuple[bytes, list[bytes]]:
-    """A thousand lines as they would be written, made without a thousand fsyncs."""
-    ledger = ledger_in(folder)
-    add(ledger, 1)
-    (entry,), data, previous, total = list(ledger.entries()), [], START, 0
-    del entry["signature"]
-    for number in range(1, 1001):
-        total += entry["bytes"]
-        line = lines.make_line(
-            {**entry, "n": number, "previous": previous, "sha256": f"{number:064x}", "total": total},
-            ledger.keys.identity(),
-        )
-        data.append(line)
-        previous = lines.line_digest(line)
-    return b"".join(data), ledger.keys.ids()
-
-
-def test_five_thousand_random_single_byte_changes_of_a_thousand_line_ledger_are_found(tmp_path: Path):
-    good, ids = thousand(tmp_path)
-    assert damaged(good, ids) == ""
-    rng = random.Random(7)
-    for _ in range(5000):
-        position = rng.randrange(len(good))
-        other = (good[position] + rng.randrange(1, 256)) % 256
-        said = damaged(good[:position] + bytes([other]) + good[position + 1 :], ids)
-        number = good.count(b"\n", 0, position) + 1
-        assert said and (f"line {number} " in said or 10 in (other, good[position])), (position, other, said)
-
-
 @pytest.mark.parametrize("seed", range(10))
 def test_removed_inserted_and_reordered_lines_are_found_and_named(tmp_path: Path, seed: int):
     ledger = ledger_in(tmp_path)
@@ -601,3 +550,57 @@ def test_failures_of_two_phases_with_the_same_bytes_are_told_apart(tmp_path: Pat
     first, second = ledger.entries()
     assert ledger.confirm(receipt_for(first, 1))["n"] == 1
     assert ledger.confirm(receipt_for(second, 2))["n"] == 2
+
+
+# ---- exhaustive changes, the longest of these tests
+
+
+def test_every_single_byte_change_of_a_forty_line_ledger_is_found_and_its_line_named(tmp_path: Path):
+    ledger = forty(tmp_path)
+    good, ids, rng = ledger.path.read_bytes(), ledger.keys.ids(), random.Random(1)
+    assert damaged(good, ids) == "" and ledger.verify() == 40
+    line = 1
+    for position, byte in enumerate(good):
+        other = (byte + rng.randrange(1, 256)) % 256
+        said = damaged(good[:position] + bytes([other]) + good[position + 1 :], ids)
+        at_end = byte == ord("\n") or other == ord("\n")
+        assert said and (f"line {line} " in said or at_end), (position, other, said)
+        line += byte == ord("\n")
+
+
+@pytest.mark.slow  # eight times the test above: every bit
+def test_every_single_bit_change_of_a_forty_line_ledger_is_found(tmp_path: Path):
+    ledger = forty(tmp_path)
+    good, ids = ledger.path.read_bytes(), ledger.keys.ids()
+    for position, byte in enumerate(good):
+        for bit in range(8):
+            assert damaged(good[:position] + bytes([byte ^ 1 << bit]) + good[position + 1 :], ids), (position, bit)
+
+
+def thousand(folder: Path) -> tuple[bytes, list[bytes]]:
+    """A thousand lines as they would be written, made without a thousand fsyncs."""
+    ledger = ledger_in(folder)
+    add(ledger, 1)
+    (entry,), data, previous, total = list(ledger.entries()), [], START, 0
+    del entry["signature"]
+    for number in range(1, 1001):
+        total += entry["bytes"]
+        line = lines.make_line(
+            {**entry, "n": number, "previous": previous, "sha256": f"{number:064x}", "total": total},
+            ledger.keys.identity(),
+        )
+        data.append(line)
+        previous = lines.line_digest(line)
+    return b"".join(data), ledger.keys.ids()
+
+
+def test_five_thousand_random_single_byte_changes_of_a_thousand_line_ledger_are_found(tmp_path: Path):
+    good, ids = thousand(tmp_path)
+    assert damaged(good, ids) == ""
+    rng = random.Random(7)
+    for _ in range(5000):
+        position = rng.randrange(len(good))
+        other = (good[position] + rng.randrange(1, 256)) % 256
+        said = damaged(good[:position] + bytes([other]) + good[position + 1 :], ids)
+        number = good.count(b"\n", 0, position) + 1
+        assert said and (f"line {number} " in said or 10 in (other, good[position])), (position, other, said)

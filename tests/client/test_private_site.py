@@ -14,6 +14,7 @@ from wardround.client import grpo
 from wardround.client import ledger as ledger_module
 from wardround.client.folder import Site
 from wardround.client.gate import respond
+from wardround.client.policy import NO_SAMPLES
 from wardround.client.registry import to_registry
 from wardround.client.reward import LocalResult
 from wardround.common import plan
@@ -78,7 +79,7 @@ class Hospital:
                 "model": {"id": str(base), "device": "cpu", "prompt": "en_short"},
                 "grpo": {"local_steps": 2, "patients_per_step": 4, "expectation": "exact"},
                 "federation": {"rounds": ROUNDS, "validation_questions_per_site": 0},
-                "evaluation": {"questions_per_site": 4, "samples": 0},
+                "evaluation": {"questions_per_site": 4, "samples": 1, "sample_tokens": 2},
             }
         )
         write_sites(REGISTRY, [np.arange(60)], self.config, folder / "sites")
@@ -250,6 +251,19 @@ def test_work_that_a_crash_lost_is_paid_once_and_done_again_unless_some_of_it_le
         path.unlink()
     assert isinstance(hospital.ask(hospital.test(1)), EvaluateReply), hospital.log()
     assert hospital.kinds() == ["schema", "rounds", "metrics"]
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_samples_of_an_open_registry_leave_in_runs_without_privacy_alone(
+    tmp_path: Path, tiny_model_path: Path, private: bool
+):
+    hospital = Hospital(tmp_path, tiny_model_path, enabled=private)
+    hospital.set_up()
+    reply = hospital.ask(hospital.test(1))
+    assert isinstance(reply, EvaluateReply), hospital.log()
+    assert (reply.samples == NO_SAMPLES) == private
+    report = (hospital.site.run_folder(RUN) / "report.html").read_text()
+    assert "<h2>Sample questions</h2>" in report  # the site's own shows them
 
 
 @pytest.mark.parametrize(
