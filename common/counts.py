@@ -1,9 +1,10 @@
 """What a site counts for the question schema: histograms and contingency tables over the dictionary's bins.
 
 Runs at every site (`count`) and at the coordinator (`Counts.from_vector` on the secure sum). Enters: the values of a
-registry's training patients. Leaves: int64 counts as one flat vector whose layout follows from the dictionary alone, so
-that vectors of different sites add up and a secure sum can carry them. Bins never depend on a site's own minima and
-maxima, which would be patients' values. Counts of one site are private; only their sum is for the coordinator.
+registry's training patients. Leaves: int64 counts as one flat vector whose layout follows from dictionary and run
+config, so that vectors of different sites add up and a secure sum can carry them. Bins never depend on a site's own
+minima and maxima, which would be patients' values. Counts of one site are private; only their sum is for the
+coordinator.
 
 The layout of the vector: rows; the fine histogram of every feature and outcome in dictionary order; the coarse table of
 every pair (i, j), i before j in dictionary order, row-major, except pairs of two outcomes (outcomes are never context).
