@@ -50,7 +50,7 @@ def write(path: Path, result: Mapping[str, Any], config: str) -> None:
         bounds=_bounds(one_run) if one_run else None,
         bound_key=[(name, plots.marker_key(series)) for name, series in _LOOKS.values()],
         members=_membership_rows(members),
-        member_axis=plots.axis(_AUC),
+        member_axis=_axis(_AUC),
         curves=_curves(members) if members else None,
         curve_key=[(_claim(run), series) for run, series in zip(members, _SERIES * 9, strict=False)],
         found=_found(members),
@@ -119,6 +119,14 @@ def _curves(runs: Sequence[Mapping[str, Any]]) -> Markup:
                 f'y1="{_HEIGHT * (1 - y1):.1f}" y2="{_HEIGHT * (1 - y2):.1f}"/>'
             )
     return Markup("".join(parts) + "</svg>")
+
+
+def _axis(scale: plots.Scale) -> Markup:
+    """Ticks over a column of interval strips, as numbers and not as percentages."""
+    texts = [
+        f'<text x="{scale.percent(tick):.2f}%" y="12" text-anchor="middle">{tick:g}</text>' for tick in scale.ticks()
+    ]
+    return Markup(f'<svg class="axis" width="100%" height="16" aria-hidden="true">{"".join(texts)}</svg>')
 
 
 def _begin(summary: str) -> str:
