@@ -97,10 +97,14 @@ def test_an_exact_copy_is_recognised_where_its_cells_are_above_their_noise(level
     assert min(shares) > 0.5 and max(shares) <= 1
 
 
-def test_a_pair_whose_cells_are_all_noise_says_nothing():
-    copy = np.diag([0.99, 0.01])
+@pytest.mark.parametrize("probabilities", [np.diag([0.99, 0.01]), np.outer([0.5, 0.5], [0.97, 0.03])])
+def test_a_pair_with_cells_that_expect_less_than_half_of_their_noise_says_nothing(probabilities: np.ndarray):
     for seed in range(50):
-        assert noised_information(drawn(copy, 4000, 150.0, seed), 150.0, margins(copy), (True, True)) == (0.0, 0.0)
+        table = drawn(probabilities, 4000, 150.0, seed)
+        assert noised_information(table, 150.0, margins(probabilities), (True, True)) == (0.0, 0.0)
+
+
+def test_a_table_that_noise_left_without_rows_says_nothing():
     nothing = np.full((3, 3), -7)
     assert noised_information(nothing, 5.0, (np.full(3, 1 / 3), np.full(3, 1 / 3)), (True, True)) == (0.0, 0.0)
 
