@@ -12,7 +12,7 @@ _PARTS = ("one-run", "membership", "inversion")
 
 @click.command(
     epilog="Examples: wardround simulate audit --out runs/audit   ·   wardround simulate audit demo-private "
-    "--out runs/audit-smollm2 --part one-run --epsilon 8"
+    "--out runs/audit-smollm2 --part one-run --epsilon 4"
 )
 @click.argument("config", type=click.Path(path_type=Path), default=Path("audit"))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The audit's folder.")
