@@ -10,8 +10,8 @@ client/grpo.py, client/draws.py and client/private_optimizer.py as they are. The
 given in every step, which is more than a coordinator or a reader of the model sees, and no more than is accounted for.
 
 The places of a canary are drawn over the whole vector, so that it lies in several tensors and a tensor without noise
-shows on all canaries that touch it. The noise of every tensor is measured on values that carry no canary. Tensors that
-are each clipped by themselves would let a canary of w values be √w times too long at most: with few, too little to show.
+shows on all canaries that touch it. The noise of every tensor is measured on values that carry no canary. Tensors
+that are each clipped by themselves let a canary of w values be √w times too long at most: with few, too little to show.
 """
 
 from __future__ import annotations
