@@ -119,12 +119,22 @@ class QuestionBuilder:
         column = self.registry.values[feature.name][rows]
         return column >= 0 if feature.kind == "category" else ~np.isnan(column)
 
+    def _askable(self, t: int, rows: np.ndarray) -> np.ndarray:
+        """Whether a target is known and its level is in the schema: one that is not is never a wrong option, so it
+        would always be the right one.
+        """
+        target, known = self._targets[t], self._known(self._targets[t], rows)
+        if target.kind == "category":
+            levels = np.array(self.schema.target(target.name).frequencies) > 0
+            known[known] = levels[self.registry.values[target.name][rows[known]]]
+        return known
+
     def _draw_targets(self, rows: np.ndarray, allowed: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """A target for every row, uniform among those known in it and of the drawn kind; -1 where there is none."""
         share = self.settings.outcome_share
         open_ = np.zeros((len(rows), len(self._targets)), dtype=bool)
         for t in np.flatnonzero(allowed):
-            open_[:, t] = self._known(self._targets[t], rows)
+            open_[:, t] = self._askable(t, rows)
         outcome_open = (open_ & self._is_outcome).any(axis=1)
         feature_open = (open_ & ~self._is_outcome).any(axis=1)
         ask_outcome = rng.random(len(rows)) < share

@@ -192,6 +192,22 @@ def test_only_the_targets_given_are_asked(registry: Registry, schema: Schema):
         builder.build(np.arange(3), np.random.default_rng(0), targets=["hospital"])
 
 
+def test_a_level_that_the_schema_does_not_show_is_never_asked(registry: Registry, schema: Schema):
+    """Lost in the noise of a private run, or of no training patient: it would be an option only where it is right."""
+    first = next(target for target in schema.targets if len(target.frequencies) > 2)
+    lost = first.model_copy(update={"frequencies": (0.0, *first.frequencies[1:])})
+    fewer = schema.model_copy(update={"targets": tuple(lost if t is first else t for t in schema.targets)})
+    rows = np.arange(len(registry))
+    builders = [QuestionBuilder(registry, one, load_prompt("en"), SETTINGS) for one in (schema, fewer)]
+    before, after = (b.build_with_rows(rows, np.random.default_rng(0), targets=[first.name])[1] for b in builders)
+    has = registry.values[first.name] == 0
+    assert has[before].any() and not has[after].any()
+    assert set(after) == set(before[~has[before]])
+    label = next(iter(registry.dictionary.feature(first.name).levels.values()))
+    for question in builders[1].build(rows, np.random.default_rng(0), targets=[first.name]):
+        assert label not in question.options
+
+
 def test_no_rows_and_rows_without_values_give_no_question(registry: Registry, schema: Schema):
     builder = QuestionBuilder(registry, schema, MARKED, SETTINGS)
     assert builder.build(np.empty(0, np.int64), np.random.default_rng(0)) == []
