@@ -133,7 +133,7 @@ class QuestionBuilder:
         """A target for every row, uniform among those known in it and of the drawn kind; -1 where there is none."""
         share = self.settings.outcome_share
         open_ = np.zeros((len(rows), len(self._targets)), dtype=bool)
-        for t in np.flatnonzero(allowed):
+        for t in np.flatnonzero(allowed).tolist():
             open_[:, t] = self._askable(t, rows)
         outcome_open = (open_ & self._is_outcome).any(axis=1)
         feature_open = (open_ & ~self._is_outcome).any(axis=1)
