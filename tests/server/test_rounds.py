@@ -275,7 +275,8 @@ def test_a_run_stopped_at_any_message_resumes_to_the_same_bits(tmp_path: Path, o
     whole = Sites(names=names_of(3), correct=lambda _, index: accuracies[index])
     expected = go(tmp_path / "whole", whole, run)
     assert len(whole.asked) == (1 + 2 * 4) * 5 * 3
-    for stop in range(0, len(whole.asked), 11):  # in time at every exchange
+    # In time at every exchange; the two optimizers share the places between them.
+    for stop in range(11 * (optimizer == "fedadam"), len(whole.asked), 22):
         out = tmp_path / str(stop)
         sites = Sites(names=names_of(3), correct=whole.correct, stop_after=stop)
         with pytest.raises(Stopped):

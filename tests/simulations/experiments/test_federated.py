@@ -60,7 +60,14 @@ def test_hospitals_together_add_up_under_masks_and_one_alone_has_nobody_to_add_t
             assert (run.simulation.sites, run.federation.min_sites) == ((1, 1) if alone else (3, 3))
 
 
-def test_the_experiment_pairs_all_arms_and_goes_on_where_it_stopped(tiny_model_path: Path, tmp_path: Path) -> None:
+def test_the_experiment_pairs_all_arms_and_goes_on_where_it_stopped(
+    tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def majority(builder, train_rows, questions, rows, shown, seed) -> np.ndarray:
+        """In place of gradient boosting, half a minute a seed, which has a test of its own below."""
+        return np.array([question.majority for question in questions])
+
+    monkeypatch.setattr(federated, "gradient_boosting_answers", majority)
     settings, said = config(tiny_model_path), []
     result = federated.run(settings, tmp_path, seeds=[1, 2], say=said.append)
     assert set(result["arms"]) == {*federated.ARMS, "base", "warmup", "majority", "ceiling"}
