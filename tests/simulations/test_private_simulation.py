@@ -153,6 +153,11 @@ def test_a_site_whose_budget_ends_refuses_the_round_before_it_trains_and_the_run
     assert [record["site_count"] for record in records] == [4, 4, 4, 3, 3]
     log = (poor.state / "site.log").read_text()
     assert "policy.epsilon: this hospital allows" in log and "'rounds'" in log
+    refused = [(entry["round"], entry["code"]) for entry in poor.ledger.entries() if entry["kind"] == "refusal"]
+    assert refused[:2] == [(4, "refused"), (5, "refused")]
+    report = json.loads((out / "privacy.json").read_text())
+    assert [site["rounds"] for site in report["sites"].values()] == [3, 5, 5, 5]
+    assert f"{poor.config.name} train of round 4 (refused)" in (out / "report.html").read_text()
 
 
 def limit(out: Path, config: RunConfig, rounds: int) -> None:
