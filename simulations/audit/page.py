@@ -26,7 +26,7 @@ _SERIES = ("warmup", "final", "majority", "base")  # classes of report.css, for 
 SEEN = {
     "alone": "one patient's update in the clear",
     "crowd": "one of eight patients in an update in the clear",
-    "masked": "one patient's update in a secure sum",
+    "masked": "one patient's update as it leaves in a secure sum",
     "private": "one patient's update in the clear, with the noise of",
 }
 
