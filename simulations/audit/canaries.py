@@ -105,6 +105,9 @@ class AuditedEngine(Engine):
         self.source, self.canaries = source, canaries
         self.sizes = [parameter.numel() for parameter in self.trained]
         self.tensor_of = np.repeat(np.arange(len(self.sizes)), self.sizes)
+        spare = np.split(canaries.spare, np.searchsorted(canaries.spare, np.cumsum(self.sizes)[:-1]))
+        # A tensor of which canaries left no two values takes the noise of all.
+        self.spare = [places if len(places) > 1 else canaries.spare for places in spare]
         self.log_ratios = np.zeros(len(canaries.places))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -137,12 +140,7 @@ class AuditedEngine(Engine):
         assert self.private is not None
         seen = torch.cat([parameter.grad.flatten().double() for parameter in self.trained])  # type: ignore[union-attr]
         values = seen.cpu().numpy() * self.private.expected_patients / self.private.max_grad_norm  # noise σ, a canary 1
-        noise = np.array(
-            [
-                values[self.canaries.spare[self.tensor_of[self.canaries.spare] == k]].std()
-                for k in range(len(self.sizes))
-            ]
-        )
+        noise = np.array([values[spare].std() for spare in self.spare])
         places = self.canaries.places
         each = np.maximum(noise, 1e-3)[self.tensor_of[places]]
         size = places.shape[1] ** -0.5
