@@ -235,11 +235,11 @@ def memberships(case: Case, out: Path, say: Say) -> list[dict[str, Any]]:
     for epsilon in (None, *settings.epsilons):
         claim = "without privacy" if epsilon is None else f"ε = {epsilon:g}"
         say(f"membership inference: {claim}")
-        result.append(_kept(out, f"membership-{epsilon or 'off'}", lambda e=epsilon: infer(case, groups, e)))
+        result.append(_kept(out, f"membership-{epsilon or 'off'}", lambda e=epsilon: infer(case, groups, e, say)))
     return result
 
 
-def infer(case: Case, groups: dict[str, membership.Group], epsilon: float | None) -> dict[str, Any]:
+def infer(case: Case, groups: dict[str, membership.Group], epsilon: float | None, say: Say) -> dict[str, Any]:
     """Trains on the members of both groups together, and attacks the result."""
     # The small model is trained whole: a LoRA adapter of it remembers little, and the worst case is wanted.
     small = Path(case.config.model.id).name == SMALL
@@ -258,8 +258,13 @@ def infer(case: Case, groups: dict[str, membership.Group], epsilon: float | None
     grpo = case.config.grpo.model_copy(update={"local_steps": case.steps, "patients_per_step": rate * len(trained)})
     config = case.config.model_copy(update={"grpo": grpo})
     seed = derive_seed(case.config.seed, "audit membership")
+
+    def stepped(done: int, steps: int, _: float) -> None:
+        if done % 50 == 0:
+            say(f"  step {done} of {steps}")
+
     trained_round = train_local_round(
-        lm, membership.Members(trained), case.template, config, seed=seed, private=private
+        lm, membership.Members(trained), case.template, config, seed=seed, private=private, on_step=stepped
     )
     found: dict[str, Any] = {}
     for kind, group in groups.items():
@@ -289,11 +294,11 @@ def inversions(case: Case, out: Path, say: Say) -> list[dict[str, Any]]:
     result: list[dict[str, Any]] = []
     for name in names:
         say(f"gradient inversion: {name}")
-        result.append(_kept(out, f"inversion-{name}", lambda n=name: invert(case, lm, n)))
+        result.append(_kept(out, f"inversion-{name}", lambda n=name: invert(case, lm, n, say)))
     return result
 
 
-def invert(case: Case, lm: LanguageModel, seen: str) -> dict[str, Any]:
+def invert(case: Case, lm: LanguageModel, seen: str, say: Say) -> dict[str, Any]:
     """Reads the records of some patients from what is seen of their updates; the same candidates for all of `seen`."""
     rng, template, config, n = case.rng("inversion"), case.template, case.config, case.settings.attacked
     lm.reset(derive_seed(config.seed, "audit model"))
@@ -324,6 +329,8 @@ def invert(case: Case, lm: LanguageModel, seen: str) -> dict[str, Any]:
         value_chance += sum(1 / len(lists[place]) for place in asked)
         answers += answer == record.question.answer
         answer_chance += 1 / len(record.question.options)
+        if (index + 1) % 5 == 0:
+            say(f"  patient {index + 1} of {n}")
     return {
         "seen": "private" if epsilon is not None else seen,
         "epsilon": epsilon,
