@@ -645,11 +645,16 @@ def test_after_signing_a_site_joins_no_other_attempt_and_a_new_attempt_closes_th
 # ---- What lies on the disk
 
 
-def test_a_state_folder_restored_from_a_copy_is_refused(houses: list[House], tmp_path: Path):
+@pytest.mark.parametrize("writes", [1, 2])  # the book is written to two files in turn: two ago, it was in the same one
+def test_a_state_folder_restored_from_a_copy_is_refused(houses: list[House], tmp_path: Path, writes: int):
     house, made = houses[0], Coordinator(houses)
     made.run(3)
     shutil.copytree(house.folder / "state", tmp_path / "copy")
+    before = newest_book(house.folder)
     house.survivors(made.about, made.said["survivors"])
+    if writes == 2:
+        house.keys(About(OTHER_RUN_ID))
+    assert (newest_book(house.folder) == before) == (writes == 2)
     shutil.rmtree(house.folder / "state")
     shutil.copytree(tmp_path / "copy", house.folder / "state")
     for ask in (
