@@ -218,7 +218,8 @@ class Engine(GRPOTrainer):
         Gradients start at zero, not at None: with an empty draw, or without any reward variance, the optimizer's
         moments decay and its step count rises as always.
         """
-        model.train()
+        if not model.training:  # it goes through all modules: 8 ms in a step of 100 on a GPU
+            model.train()
         for parameter in self.trained:
             parameter.grad = None if self.private else torch.zeros_like(parameter)
         total, before = torch.zeros((), device=self.lm.device), (self.counts.reward_sum, self.counts.completions)

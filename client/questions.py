@@ -22,6 +22,7 @@ from ..common.question import LETTERS, PromptTemplate, Question
 from ..common.schema import Schema
 from .options import draw_options
 from .registry import Registry
+from .usual import usual_words
 
 CHUNK_ROWS = 4096
 
@@ -47,6 +48,7 @@ class QuestionBuilder:
         self._visible = np.zeros((len(self._targets), len(self._shown)), dtype=bool)  # may be shown with the target
         self._information = np.zeros(self._visible.shape)
         self._own = np.full(len(self._targets), -1)  # the target's own place in the record
+        self._usual: dict[int, str] = {}  # what a question says is usual of its target, as they are first asked
         for t, target in enumerate(self._targets):
             allowed = {feature.name for feature in dictionary.context_of(target)} - set(schema.hidden[target.name])
             for f, feature in enumerate(self._shown):
@@ -180,6 +182,11 @@ class QuestionBuilder:
                 asked = template.question.format(label=feature.label, unit=_unit(feature), section=feature.section)
             distinct, inverse = np.unique(drawn.values, return_inverse=True)
             value_of = _writer(feature)
+            if t not in self._usual:
+                self._usual[t] = usual_words(
+                    feature, self.schema.target(feature.name), template, value_of, _unit(feature)
+                )
+            asked += self._usual[t]
             words = [value_of(index) for index in distinct.tolist()]
             lines = [
                 [template.option.format(letter=letter, value=word, unit=_unit(feature)) for word in words]

@@ -91,6 +91,7 @@ class WarmupConfig(Frozen):
 
     enabled: bool = True
     adapter: str | None = None  # a released adapter (name in configs/adapters or a path); None: train it
+    start: str | None = None  # a released adapter to train on from; None: a fresh one
     steps: Annotated[int, Field(ge=1)] = 200
     batch_size: Annotated[int, Field(ge=1)] = 8
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3

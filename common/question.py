@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -20,6 +20,7 @@ from .config import Frozen, packaged, parse, read_toml
 from .errors import ConfigError
 
 LETTERS = "ABCDEFGHIJ"
+USUAL_LEVELS = 3  # most levels of which a question says how usual they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,8 @@ _PLACEHOLDERS: Mapping[str, frozenset[str]] = {
     "masked": frozenset({"label", "unit"}),
     "question": frozenset({"label", "unit", "section"}),
     "outcome": frozenset({"label", "question"}),
+    "usual_number": frozenset({"middle", "low", "high", "unit"}),
+    "usual_levels": frozenset({"levels"}),
     "option": frozenset({"letter", "value", "unit"}),
     "user": frozenset({"record", "question", "options"}),
 }
@@ -67,9 +70,10 @@ _REQUIRED: Mapping[str, frozenset[str]] = {
 class PromptTemplate(Frozen):
     r"""How a question is worded: data, from configs/prompts/<name>.toml; one code path formats every language.
 
-    `section`, `line`, `masked`, `question`, `outcome`, `option` and `user` are `str.format` strings ("{{" is a brace);
-    `{unit}` comes with a space before it, or is empty. `masked` and `section` may be empty: nothing is written then.
-    Missing values are never written: a record says what is known.
+    `section`, `line`, `masked`, `question`, `outcome`, `usual_number`, `usual_levels`, `option` and `user` are
+    `str.format` strings ("{{" is a brace); `{unit}` comes with a space before it, or is empty. `masked`, `section` and
+    the two of what is usual may be empty: nothing is written then. Missing values are never written: a record says what
+    is known.
     """
 
     name: str
@@ -81,6 +85,10 @@ class PromptTemplate(Frozen):
     separator: str = "\n"  # between the record's parts
     question: str  # asks for a masked feature
     outcome: str = "{question}"  # asks for an outcome; {question} is the dictionary's own text
+    # Written after the question: what is usual of the target among all patients, by the published schema, as a
+    # laboratory prints its reference range. Both or neither.
+    usual_number: str = ""  # its densest value, and the range of the middle two thirds
+    usual_levels: str = ""  # its most frequent levels with their shares
     option: str  # one option
     option_separator: str = "\n"
     user: str  # the user message
@@ -100,6 +108,22 @@ class PromptTemplate(Frozen):
                 if f"{{{name}}}" not in text:
                     raise ValueError(f"{key}: expected the placeholder {{{name}}}, got {text!r}")
         return self
+
+    @model_validator(mode="after")
+    def numbers_and_levels_both_say_what_is_usual(self) -> Self:
+        if bool(self.usual_number) != bool(self.usual_levels):
+            raise ValueError("usual_number, usual_levels: expected both or neither")
+        return self
+
+    @property
+    def says_usual(self) -> bool:
+        """Whether questions say what is usual of their target."""
+        return bool(self.usual_number)
+
+    def usual_shares(self, shares: Sequence[tuple[str, float]]) -> str:
+        """What is written of levels with these frequencies, the most frequent first."""
+        first = sorted(shares, key=lambda item: -item[1])[:USUAL_LEVELS]
+        return self.usual_levels.format(levels=", ".join(f"{level} {100 * share:.0f} %" for level, share in first))
 
     @model_validator(mode="after")
     def forced_answer_opens_a_box(self) -> Self:

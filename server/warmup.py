@@ -71,7 +71,7 @@ def warm_up(lm: LanguageModel, config: RunConfig, *, on_step: OnStep | None = No
     as float16 are the same.
 
     Args:
-        lm: a model with a fresh adapter.
+        lm: a model with a fresh adapter; `warmup.start` is put in its place where the config names one.
         config: its `warmup`, `lora`, `questions.n_options` and `model.prompt` decide the result.
         on_step: called with (steps done, steps in all, loss).
 
@@ -80,6 +80,8 @@ def warm_up(lm: LanguageModel, config: RunConfig, *, on_step: OnStep | None = No
         VerificationError: training gave NaN or infinity, or an adapter that does not change the model's outputs.
     """
     settings, template = config.warmup, load_prompt(config.model.prompt)
+    if settings.start is not None:
+        _put(lm, load_released(settings.start, lm))
     held_out = held_out_questions(config, template)
     before = binding_accuracy(lm, held_out, template, config)
     started = time.perf_counter()
@@ -268,6 +270,7 @@ def warmup_key(lm: LanguageModel, config: RunConfig) -> str:
         "n_options": config.questions.n_options,
         "prompt": load_prompt(config.model.prompt).model_dump(mode="json"),
         "settings": _deciding(config.warmup),
+        "start": load_released(config.warmup.start, lm).report["sha256"] if config.warmup.start is not None else None,
     }
     return hashlib.sha256(_USAGE_KEY + json.dumps(data, sort_keys=True).encode()).hexdigest()
 

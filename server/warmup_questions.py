@@ -8,17 +8,21 @@ A share of the questions may only **hint** at the answer, as records of patients
 stated and the truth lies near it, or the asked yes/no is as frequent as the record's other lines make it. Their truth
 is drawn, so a model can do no better than the right probabilities, and learns not to be sure of everything.
 
+Where the prompt says what is usual (`usual_number`), so do these, and a hint may be nothing but that: values are drawn
+from what is said to be usual, and where the record tells more, what it tells is right more often.
+
 Two vocabularies that share no word: one to train on, one held out, so that the measured accuracy is of the skill.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
 
-from ..common.question import LETTERS, PromptTemplate, Question
+from ..common.question import LETTERS, USUAL_LEVELS, PromptTemplate, Question
 
 Part = Literal["train", "held-out"]
 Kind = Literal["number", "word", "yes"]
@@ -47,8 +51,14 @@ _VALUES = _words(
 )
 _UNITS = ("cm", "m", "kg", "g", "litres", "km", "m2", "days", "pieces", "hours", "%", "", "", "")
 _TIMES = (("day 1", "day 3"), ("first", "second"), ("morning", "evening"), ("before", "after"), ("day 1", "day 2"))
+_SPREAD = (0.1, 0.5)  # standard deviation of what is usual, as a share of its middle
+MOST_USUAL = USUAL_LEVELS + 1  # levels of a word; one of them may not be said
 _KEPT_SHARE = 0.85  # of words and yes/no that are the same at another time
 _MOST_LINES = 64  # far fewer than there are labels, so that drawing distinct ones ends soon
+_USUAL_SHARE, _RELATED_SHARE = (
+    0.5,
+    0.35,
+)  # of hinted questions where the prompt says what is usual; the rest: base rates
 _SECTIONS = ("House", "Garden", "Workshop", "Harbour", "Village", "Road")
 
 
@@ -101,7 +111,9 @@ def synthetic_questions(
     for _ in range(count):
         hinted = hinted_share > 0 and rng.random() < hinted_share
         length = int(rng.integers(1, min(features_per_record, _MOST_LINES) + 1))
-        if hinted and rng.random() < 0.5:
+        if template.says_usual:
+            case = _informed(rng, template, length, n_options, part, hinted)
+        elif hinted and rng.random() < 0.5:
             case = _base_rate(rng, max(length, 4), part)
         elif hinted:
             case = _related(rng, length, n_options, part)
@@ -124,6 +136,82 @@ class _Case:
     options: tuple[str, ...]
     answer: int
     telling: int
+    usual: str = ""  # what the question says is usual
+
+
+def _informed(
+    rng: np.random.Generator, template: PromptTemplate, length: int, n_options: int, part: Part, hinted: bool
+) -> _Case:
+    """A case of one of the kinds, whose question says what is usual."""
+    kind = rng.random() if hinted else 1.0
+    if kind < _USUAL_SHARE:
+        return _usual(rng, template, length, n_options, part)
+    if kind < _USUAL_SHARE + _RELATED_SHARE:
+        case = _related(rng, length, n_options, part)
+    elif hinted:
+        case = _base_rate(rng, max(length, 4), part)
+    else:
+        case = _stated(rng, length, n_options, part)
+    known = case.items[case.telling] if case.asked.kind != "yes" or not hinted else case.asked
+    if known.kind != case.asked.kind:
+        known = case.asked
+    return replace(case, usual=_said_usual(rng, template, known, part))
+
+
+def _usual(rng: np.random.Generator, template: PromptTemplate, length: int, n_options: int, part: Part) -> _Case:
+    """The record says nothing of the asked item: what is usual is all there is to go by."""
+    *labels, asked_label = _labels(rng, length + 1, part)
+    items = [_item(rng, label, part) for label in labels]
+    middle = _item(rng, asked_label, part)
+    if middle.kind != "number":
+        options_of = partial(_options, rng, n_options=n_options, part=part)
+        levels = _levels(rng, middle, part)
+        value = levels[rng.choice(len(levels), p=[share for _, share in levels])][0]
+        asked = replace(middle, value=value)
+        if middle.kind == "yes":
+            options, answer = options_of(asked)
+        else:
+            values = [level for level, _ in levels]
+            options = tuple(values[index] for index in rng.permutation(len(values)))[:MOST_USUAL]
+            answer = options.index(value)
+        return _Case(items, asked, options, answer, int(rng.integers(length)), template.usual_shares(levels))
+    spread = float(rng.uniform(*_SPREAD))
+    number = max(middle.number * (1 + spread * float(rng.normal())), 10.0**-middle.decimals)
+    asked = replace(middle, value=f"{number:.{middle.decimals}f}", number=number)
+    step = float(rng.uniform(2 / 3, 2)) * spread * middle.number / number
+    options, answer = _options(rng, asked, n_options, part, step_share=step)
+    said = _number_words(template, middle, middle.number, spread)
+    return _Case(items, asked, options, answer, int(rng.integers(length)), said)
+
+
+def _said_usual(rng: np.random.Generator, template: PromptTemplate, known: _Item, part: Part) -> str:
+    """What is usual of an item that has this value: it may be any that is drawn from it."""
+    if known.kind != "number":
+        return template.usual_shares(_levels(rng, known, part))
+    spread = float(rng.uniform(*_SPREAD))
+    middle = known.number / max(1 + spread * float(rng.normal()), 0.2)
+    return _number_words(template, known, middle, spread)
+
+
+def _levels(rng: np.random.Generator, item: _Item, part: Part) -> list[tuple[str, float]]:
+    """Levels of which `item` has one, with their shares; the level was drawn by them."""
+    if item.kind == "yes":
+        values = ["yes", "no"]
+    else:
+        others = [word for word in _half(_VALUES, part) if word != item.value]
+        count = int(rng.integers(1, MOST_USUAL))
+        values = [item.value, *(others[index] for index in rng.permutation(len(others))[:count])]
+    shares = rng.dirichlet(np.full(len(values), 0.8))
+    drawn = int(rng.choice(len(values), p=shares))
+    own = values.index(item.value)
+    shares[[own, drawn]] = shares[[drawn, own]]
+    return list(zip(values, shares.tolist(), strict=True))
+
+
+def _number_words(template: PromptTemplate, item: _Item, middle: float, spread: float) -> str:
+    written = (f"{max(middle * (1 + k * spread), 0):.{item.decimals}f}" for k in (0, -1, 1))
+    middle_, low, high = written
+    return template.usual_number.format(middle=middle_, low=low, high=high, unit=f" {item.unit}" if item.unit else "")
 
 
 def _stated(rng: np.random.Generator, length: int, n_options: int, part: Part) -> _Case:
@@ -193,6 +281,7 @@ def _written(rng: np.random.Generator, template: PromptTemplate, case: _Case) ->
         text = template.outcome.format(label=asked.label, question=f"What is the {asked.label}?")
     else:
         text = template.question.format(label=asked.label, unit=unit, section=section)
+    text += case.usual
     shown = [
         template.option.format(letter=letter, value=value, unit=unit)
         for letter, value in zip(LETTERS, case.options, strict=False)

@@ -256,6 +256,10 @@ def load(model: ModelConfig, lora: LoraConfig | None, *, seed: int) -> LanguageM
         base = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(model.dtype, device))
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
         raise ModelError(f"model '{model.id}': {path} does not load: {str(error).splitlines()[0]:.200}") from None
+    if device.type == "cuda":
+        # cuDNN's attention plans anew for every shape, 2 ms a layer, and hardly two batches here have one shape: more
+        # than half of a training step (H200). The flash kernels that torch takes instead need no plan.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     base.to(device)
     base.requires_grad_(lora is not None and lora.strategy == "full")
     wrapped: Any = base

@@ -126,6 +126,8 @@ class SharedPrefix:
             self._prefix[layer] = key, value
             if torch.is_grad_enabled() and query.device.type == "cpu" and query.shape[2] <= _EAGER_TOKENS:
                 return _causal_attention(query, key, value, scaling)
+            if query.device.type == "cuda" and query.dtype != torch.float32:  # flash attention shares key heads itself
+                return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
