@@ -199,7 +199,9 @@ def dictionary_command(table: Path, out: Path | None, redcap: Path | None, id_co
 @click.argument("table", type=_PATH)
 @click.argument("dictionary", type=_PATH)
 @click.option("-n", "--number", type=click.IntRange(1), default=5, show_default=True, help="How many questions.")
-@click.option("--prompt", default="en", show_default=True, help="Prompt template: en, en_short, ko, or a TOML file.")
+@click.option(
+    "--prompt", default="en", show_default=True, help="Prompt template: en, en_short, en_usual, ko, or a TOML file."
+)
 @click.option("--features", type=click.IntRange(1), default=None, help="Most features a record shows.")
 @click.option("--reasoning", is_flag=True, help="As asked with step-by-step reasoning.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)

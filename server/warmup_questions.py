@@ -52,7 +52,8 @@ _VALUES = _words(
 _UNITS = ("cm", "m", "kg", "g", "litres", "km", "m2", "days", "pieces", "hours", "%", "", "", "")
 _TIMES = (("day 1", "day 3"), ("first", "second"), ("morning", "evening"), ("before", "after"), ("day 1", "day 2"))
 _SPREAD = (0.1, 0.5)  # standard deviation of what is usual, as a share of its middle
-MOST_USUAL = USUAL_LEVELS + 1  # levels of a word; one of them may not be said
+_MOST_USUAL = USUAL_LEVELS + 1  # levels of a word; one of them may not be said
+_NO_LINE = -1
 _KEPT_SHARE = 0.85  # of words and yes/no that are the same at another time
 _MOST_LINES = 64  # far fewer than there are labels, so that drawing distinct ones ends soon
 _USUAL_SHARE, _RELATED_SHARE = (
@@ -135,7 +136,7 @@ class _Case:
     asked: _Item
     options: tuple[str, ...]
     answer: int
-    telling: int
+    telling: int  # a line, or _NO_LINE: only what is usual tells
     usual: str = ""  # what the question says is usual
 
 
@@ -165,23 +166,23 @@ def _usual(rng: np.random.Generator, template: PromptTemplate, length: int, n_op
     middle = _item(rng, asked_label, part)
     if middle.kind != "number":
         options_of = partial(_options, rng, n_options=n_options, part=part)
-        levels = _levels(rng, middle, part)
+        levels = _levels(rng, middle, part, min(_MOST_USUAL, n_options))
         value = levels[rng.choice(len(levels), p=[share for _, share in levels])][0]
         asked = replace(middle, value=value)
         if middle.kind == "yes":
             options, answer = options_of(asked)
         else:
             values = [level for level, _ in levels]
-            options = tuple(values[index] for index in rng.permutation(len(values)))[:MOST_USUAL]
+            options = tuple(values[index] for index in rng.permutation(len(values)))
             answer = options.index(value)
-        return _Case(items, asked, options, answer, int(rng.integers(length)), template.usual_shares(levels))
+        return _Case(items, asked, options, answer, _NO_LINE, template.usual_shares(levels))
     spread = float(rng.uniform(*_SPREAD))
     number = max(middle.number * (1 + spread * float(rng.normal())), 10.0**-middle.decimals)
     asked = replace(middle, value=f"{number:.{middle.decimals}f}", number=number)
     step = float(rng.uniform(2 / 3, 2)) * spread * middle.number / number
     options, answer = _options(rng, asked, n_options, part, step_share=step)
     said = _number_words(template, middle, middle.number, spread)
-    return _Case(items, asked, options, answer, int(rng.integers(length)), said)
+    return _Case(items, asked, options, answer, _NO_LINE, said)
 
 
 def _said_usual(rng: np.random.Generator, template: PromptTemplate, known: _Item, part: Part) -> str:
@@ -193,13 +194,13 @@ def _said_usual(rng: np.random.Generator, template: PromptTemplate, known: _Item
     return _number_words(template, known, middle, spread)
 
 
-def _levels(rng: np.random.Generator, item: _Item, part: Part) -> list[tuple[str, float]]:
-    """Levels of which `item` has one, with their shares; the level was drawn by them."""
+def _levels(rng: np.random.Generator, item: _Item, part: Part, most: int = _MOST_USUAL) -> list[tuple[str, float]]:
+    """Two to `most` levels of which `item` has one, with their shares; the level was drawn by them."""
     if item.kind == "yes":
         values = ["yes", "no"]
     else:
         others = [word for word in _half(_VALUES, part) if word != item.value]
-        count = int(rng.integers(1, MOST_USUAL))
+        count = int(rng.integers(1, most))
         values = [item.value, *(others[index] for index in rng.permutation(len(others))[:count])]
     shares = rng.dirichlet(np.full(len(values), 0.8))
     drawn = int(rng.choice(len(values), p=shares))
@@ -274,7 +275,7 @@ def _written(rng: np.random.Generator, template: PromptTemplate, case: _Case) ->
         template.line.format(label=item.label, value=item.value, unit=f" {item.unit}" if item.unit else "")
         for item in case.items
     ]
-    telling = lines[case.telling]
+    telling = case.usual.strip(" .") if case.telling == _NO_LINE else lines[case.telling]
     if template.section:
         lines.insert(0, template.section.format(section=section))
     if rng.random() < 0.2:

@@ -139,7 +139,7 @@ def federated(
     with TerminalProgress(settings.federation.rounds) as progress:
         result = experiment.run(settings, out, **chosen, progress=progress, say=progress.note)
     _print_federated(result)
-    click.echo(f"single outcomes: {out / 'outcomes.json.gz'}")
+    click.echo(f"single outcomes: {out / 'outcomes.json.gz'}   picture: {out / 'federated.svg'}")
 
 
 def _print_federated(result: Mapping[str, Any]) -> None:

@@ -37,6 +37,7 @@ from ...client.registry import Registry, split_rows, write_registry
 from ...common.config import RunConfig
 from ...common.counts import count
 from ...common.dictionary import dump_dictionary
+from ...common.errors import ConfigError
 from ...common.files import write_atomic
 from ...common.question import Question, load_prompt
 from ...common.schema import derive_schema
@@ -44,6 +45,7 @@ from ...common.seeds import derive_rng
 from ...server.tracking import Progress
 from ..federation import divide, load_registry, simulate, split_key
 from ..partition import site_names
+from . import figure
 from .ceiling import gradient_boosting_answers
 
 ARMS = ("federated", "skewed", "centralised", "local")
@@ -102,15 +104,8 @@ def arm_configs(config: RunConfig, arm: str, exam: Exam, out: Path) -> list[RunC
     """The run or, for `local`, the runs of an arm; tables of single hospitals are written below `out`."""
     settings, sites = config.simulation, config.simulation.sites
     one = {"min_sites": 1, "secure_aggregation": "none"}  # of one site there is no sum; the integers are the same
-    if arm == "federated":
-        return [config]
-    if arm == "skewed":
-        skew = {
-            "partition": "dirichlet",
-            "partition_feature": skew_feature(config, exam),
-            "dirichlet_alpha": SKEW_ALPHA,
-        }
-        return [_with(config, simulation=settings.model_copy(update=skew))]
+    if arm in ("federated", "skewed"):
+        return [arm_config(config, arm, exam)]
     if arm == "centralised":
         return [
             _with(
@@ -145,6 +140,42 @@ def arm_configs(config: RunConfig, arm: str, exam: Exam, out: Path) -> list[RunC
             )
         )
     return configs
+
+
+def arm_config(config: RunConfig, arm: str, exam: Exam) -> RunConfig:
+    """The run of several hospitals: `federated` or `skewed`."""
+    if arm == "federated":
+        return config
+    skew = {
+        "partition": "dirichlet",
+        "partition_feature": skew_feature(config, exam),
+        "dirichlet_alpha": SKEW_ALPHA,
+    }
+    return _with(config, simulation=config.simulation.model_copy(update=skew))
+
+
+def check_budget(config: RunConfig, arm: str, exam: Exam) -> None:
+    """Refuses an arm that would ask fewer questions than the others: a step asks a patient once at most.
+
+    Raises:
+        ConfigError: names the hospital with the fewest training patients.
+    """
+    settings = arm_config(config, arm, exam) if arm in ("federated", "skewed") else config
+    if arm == "centralised":
+        numbers = [len(np.unique(exam.registry.patients[exam.train_rows]))]
+        needed = config.simulation.sites * config.grpo.patients_per_step
+    else:
+        numbers = [
+            len(np.unique(exam.registry.patients[np.intersect1d(rows, exam.train_rows)]))
+            for rows in divide(exam.registry, settings)
+        ]
+        needed = config.grpo.patients_per_step
+    if min(numbers) < needed:
+        raise ConfigError(
+            f"arm '{arm}', seed {config.seed}: a hospital has {min(numbers)} training patients, and a step asks "
+            f"{needed:g}: its share of the questions cannot be reached in {config.federation.rounds} rounds. Lower "
+            "grpo.patients_per_step, use fewer sites, or leave the arm out with --arms"
+        )
 
 
 def skew_feature(config: RunConfig, exam: Exam) -> str:
@@ -187,16 +218,22 @@ def run(
         say: told what is being done.
 
     Returns:
-        The content of OUT/federated.json; single outcomes are in OUT/outcomes.json.gz.
+        The content of OUT/federated.json; single outcomes are in OUT/outcomes.json.gz, a picture in OUT/federated.svg.
+
+    Raises:
+        ConfigError: a hospital of some arm has too few patients for its share of the questions.
     """
     names = [*arms, *references]
+    exams = {seed: make_exam(_seeded(config, seed), per_patient, split) for seed in seeds}
+    for seed, exam in exams.items():
+        for arm in arms:
+            check_budget(_seeded(config, seed), arm, exam)
     if jobs > 1:
         missing = [(name, seed) for name in names for seed in seeds if not _path(out, name, seed).exists()]
         _side_by_side(config, out, missing, per_patient, split, jobs, say)
     found: dict[int, dict[str, Any]] = {}
-    for seed in seeds:
+    for seed, exam in exams.items():
         settings = _seeded(config, seed)
-        exam = make_exam(settings, per_patient, split)
         found[seed] = {
             "patients": exam.patients.tolist(),
             "targets": [question.target for question in exam.questions],
@@ -207,7 +244,21 @@ def run(
     raw = json.dumps({str(seed): entry for seed, entry in found.items()}, separators=(",", ":")).encode()
     write_atomic(out / "outcomes.json.gz", gzip.compress(raw, mtime=0), mode=0o644)
     write_atomic(out / "federated.json", (json.dumps(result, indent=1) + "\n").encode(), mode=0o644)
+    curves = {arm: [c for seed in seeds if (c := _curve(out, arm, seed))] for arm in arms if arm != "local"}
+    picture = figure.draw(result, {arm: several for arm, several in curves.items() if several})
+    write_atomic(out / "federated.svg", picture.encode(), mode=0o644)
     return result
+
+
+def _curve(out: Path, arm: str, seed: int) -> list[tuple[int, float]]:
+    """(questions so far, validation accuracy) after each round of an arm of one run; empty without its folder."""
+    path, asked, curve = out / "runs" / f"{arm}-seed-{seed}-0" / "rounds.jsonl", 0, list[tuple[int, float]]()
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        record = json.loads(line)
+        asked += record["questions"]
+        if record["validation_accuracy"] is not None:
+            curve.append((asked, record["validation_accuracy"]))
+    return curve
 
 
 def _seeded(config: RunConfig, seed: int) -> RunConfig:

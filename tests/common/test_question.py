@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from wardround.common.errors import ConfigError
 from wardround.common.question import LETTERS, PromptTemplate, Question, chat, load_prompt, parse_answer, prefill
 
-TEMPLATES = ["en", "en_short", "ko"]
+TEMPLATES = ["en", "en_short", "en_usual", "ko"]
 QUESTION = Question("albumin", "Laboratory", "feature", "record, question, options", ("3.1", "3.5"), 1, 0)
 
 
@@ -115,7 +115,7 @@ def test_a_wrong_template_is_refused_with_its_key(change: dict, expected: str, t
 
 
 def test_an_unknown_template_names_the_shipped_ones():
-    with pytest.raises(ConfigError, match="shipped are en, en_short, ko"):
+    with pytest.raises(ConfigError, match="shipped are en, en_short, en_usual, ko"):
         load_prompt("klingon")
 
 

@@ -1,5 +1,6 @@
 """server/warmup.py and warmup_questions.py: the public warm-up and released adapters."""
 
+import hashlib
 import json
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, distribution
@@ -43,7 +44,7 @@ def fewer_held_out_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warmup.held_out_questions, "__defaults__", (12,))
 
 
-@pytest.mark.parametrize("prompt", ["en_short", "en", "ko"])
+@pytest.mark.parametrize("prompt", ["en_short", "en", "ko", "en_usual"])
 def test_the_record_states_the_answer_and_no_other_option_for_it(prompt: str) -> None:
     template = load_prompt(prompt)
     for item in synthetic_questions(200, np.random.default_rng(0), template, features_per_record=5, n_options=5):
@@ -132,6 +133,55 @@ def test_the_nearest_option_to_another_times_value_is_mostly_but_not_always_righ
             right.append(nearest == question.answer)
     assert len(right) > 200
     assert 0.6 < np.mean(right) < 0.95
+
+
+def usual(count: int, seed: int, n_options: int = 5) -> list[Question]:
+    """Questions whose record says nothing of what is asked, only the question what is usual."""
+    made = synthetic_questions(
+        count,
+        np.random.default_rng(seed),
+        load_prompt("en_usual"),
+        features_per_record=3,
+        n_options=n_options,
+        hinted_share=1.0,
+    )
+    return [item.question for item in made if item.reason.startswith("Usually")]
+
+
+def test_a_level_is_as_frequent_as_the_question_says_is_usual() -> None:
+    expected, right, variance = 0.0, 0, 0.0
+    for question in usual(4000, 8):
+        said = question.text.split(" Usually ")[1].split(".\n")[0]
+        if "%" in said:
+            level, share = said.split(", ")[0].removesuffix(" %").rsplit(" ", 1)
+            expected += int(share) / 100
+            variance += int(share) / 100 * (1 - int(share) / 100)
+            right += question.options[question.answer] == level
+    assert abs(right - expected) < 4 * np.sqrt(variance)
+
+
+def test_the_option_nearest_what_is_usual_is_mostly_but_not_always_right() -> None:
+    right = []
+    for question in usual(4000, 9):
+        said = question.text.split(" Usually ")[1].split(".\n")[0]
+        if "mostly" in said:
+            middle = float(said.split(",")[0])
+            nearest = int(np.argmin([abs(float(option) - middle) for option in question.options]))
+            right.append(nearest == question.answer)
+    assert 0.5 < np.mean(right) < 0.9
+
+
+@pytest.mark.parametrize("n_options", [2, 3])
+def test_no_question_has_more_options_than_it_may(n_options: int) -> None:
+    assert max(len(question.options) for question in usual(600, 10, n_options)) == n_options
+
+
+def test_a_prompt_that_says_nothing_usual_has_the_same_questions_as_ever() -> None:
+    made = synthetic_questions(
+        50, np.random.default_rng(0), load_prompt("en_short"), features_per_record=4, n_options=5, hinted_share=0.5
+    )
+    digest = hashlib.sha256("".join(item.question.text + item.reason for item in made).encode()).hexdigest()
+    assert digest == "ccf068601452135924f603376cbc8272904b565a367fdb65a5395ed9539f122c"
 
 
 def test_many_lines_and_many_options_still_end() -> None:
@@ -257,6 +307,26 @@ def test_a_second_run_takes_the_cached_adapter_and_another_setting_does_not(
     for file in (tmp_path / "warmup").glob("*.safetensors"):
         file.write_bytes(b"half a file")
     assert warmup.round_zero_adapter(fresh(config), config, cache=tmp_path).report["source"] == "trained"
+
+
+def test_a_warm_up_goes_on_from_a_released_adapter(tiny_model_path: Path, tmp_path: Path) -> None:
+    config = run(tiny_model_path)
+    first = warmup.warm_up(fresh(config), config)
+    warmup.save_released(first, tmp_path, "first")
+    onwards = run(tiny_model_path, start=str(tmp_path / "first.safetensors"), steps=1, learning_rate=1e-6)
+    second = warmup.warm_up(fresh(onwards), onwards)
+    assert second.report["binding_before"] == first.report["binding_after"]
+    assert 0 < np.abs(second.vector_full - first.vector_full).max() < 1e-2
+    assert "warmup.start=" in second.report["command"]
+
+
+def test_a_start_with_other_values_makes_another_cached_adapter(tiny_model_path: Path, tmp_path: Path) -> None:
+    config, keys = run(tiny_model_path, start=str(tmp_path / "first.safetensors")), []
+    for seed in (0, 1):
+        made = run(tiny_model_path, seed=seed)
+        warmup.save_released(warmup.warm_up(fresh(made), made), tmp_path, "first")
+        keys.append(warmup.warmup_key(fresh(config), config))
+    assert keys[0] != keys[1]
 
 
 def test_with_the_warm_up_off_the_adapter_is_the_seeds(tiny_model_path: Path) -> None:

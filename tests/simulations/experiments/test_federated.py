@@ -3,12 +3,14 @@
 import gzip
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from wardround.client.questions import QuestionBuilder
 from wardround.common.config import QuestionsConfig, RunConfig
-from wardround.simulations.experiments import federated
+from wardround.common.errors import ConfigError
+from wardround.simulations.experiments import federated, figure
 from wardround.simulations.experiments.ceiling import gradient_boosting_answers
 
 pytestmark = pytest.mark.usefixtures("cheap_scrypt")
@@ -83,6 +85,40 @@ def test_the_experiment_pairs_all_arms_and_goes_on_where_it_stopped(
     said.clear()
     assert federated.run(settings, tmp_path, seeds=[1, 2], say=said.append) == result
     assert said == []
+
+
+def test_validation_patients_are_others_than_test_patients(tiny_model_path: Path, exam: federated.Exam) -> None:
+    other = federated.make_exam(config(tiny_model_path), 1, "validation")
+    assert len(other.questions) > 0
+    assert not set(other.patients) & set(exam.patients)
+
+
+def test_references_made_side_by_side_are_those_made_one_after_another(tiny_model_path: Path, tmp_path: Path) -> None:
+    settings, asked = config(tiny_model_path), {"seeds": [1, 2], "arms": [], "references": ["majority"]}
+    together, said = tmp_path / "together", []
+    result = federated.run(settings, together, **asked, jobs=2, say=said.append)
+    assert sorted(said) == ["majority, seed 1: done", "majority, seed 2: done"]
+    assert result == federated.run(settings, tmp_path / "apart", **asked)
+
+
+def test_an_arm_that_cannot_ask_its_share_is_refused_before_anything_is_trained(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    settings = config(tiny_model_path, patients_per_step=5000)
+    with pytest.raises(ConfigError, match=r"arm 'federated', seed 1: a hospital has .* cannot be reached in 1 rounds"):
+        federated.run(settings, tmp_path / "out", seeds=[1])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_picture_shows_every_arm_and_draws_a_line_for_every_seed() -> None:
+    entry = {"mean": 0.5, "ci95": [0.45, 0.55]}
+    result = {"n": 200, "split": "test", "chance": 0.3, "arms": {"federated": entry, "a < b": entry}}
+    curves = {"federated": [[(10, 0.4), (20, 0.5)], [(11, 0.41), (21, 0.52)]]}
+    picture = ElementTree.fromstring(figure.draw(result, curves))
+    assert len(picture.findall("{*}polyline")) == 2
+    words = [text.text for text in picture.findall("{*}text")]
+    assert {"a < b", "federated", "50.0", "chance"} <= set(words)
+    assert "200 questions of test patients, 95 %" in words
 
 
 def test_intervals_resample_patients_not_questions() -> None:
