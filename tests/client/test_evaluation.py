@@ -31,7 +31,7 @@ def config(reasoning_tokens: int) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def lm(tiny_model_path: Path) -> LanguageModel:
-    return load(ModelConfig(id=str(tiny_model_path)), LoraConfig(rank=4), seed=1)
+    return load(ModelConfig(id=str(tiny_model_path), device="cpu"), LoraConfig(rank=4), seed=1)
 
 
 def test_answer_only_takes_the_most_probable_letter(lm: LanguageModel) -> None:
@@ -121,7 +121,7 @@ def test_samples_begin_with_the_cue_and_end_with_an_answer(lm: LanguageModel) ->
 
 
 def test_the_base_model_is_scored_inside_base_only(tiny_model_path: Path) -> None:
-    lm = load(ModelConfig(id=str(tiny_model_path)), LoraConfig(rank=4), seed=1)
+    lm = load(ModelConfig(id=str(tiny_model_path), device="cpu"), LoraConfig(rank=4), seed=1)
     asked = questions(6)
     before = evaluate_questions(lm, asked, TEMPLATE, config(0)).log_probs
     lm.set_vector(lm.vector() + np.float32(0.1))

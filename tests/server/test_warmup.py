@@ -26,7 +26,7 @@ def run(path: Path, lora: dict[str, object] | None = None, **settings: object) -
         {
             "name": "t",
             "privacy": {"enabled": False},
-            "model": {"id": str(path), "prompt": "en_short"},
+            "model": {"id": str(path), "device": "cpu", "prompt": "en_short"},
             "lora": {**LORA, **(lora or {})},
             "questions": {"n_options": 3},
             "warmup": {"steps": 4, "batch_size": 4, "features_per_record": 2, **settings},

@@ -16,7 +16,9 @@ IDS = torch.tensor([[5, 17, 33, 8, 90, 41], [7, 7, 120, 64, 3, 2]])
 
 
 def adapted(path: Path, strategy: str = "ffa", dtype: str = "float32") -> models.LanguageModel:
-    lm = models.load(ModelConfig(id=str(path), dtype=dtype), LoraConfig(strategy=strategy, rank=4), seed=0)
+    lm = models.load(
+        ModelConfig(id=str(path), device="cpu", dtype=dtype), LoraConfig(strategy=strategy, rank=4), seed=0
+    )
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in lm.parameters.items():
@@ -74,7 +76,7 @@ def test_in_bfloat16_gradients_point_where_float32_ones_do(tiny_model_path: Path
 
 def test_switching_the_adapter_off_gives_the_base_model(tiny_model_path: Path) -> None:
     lm = adapted(tiny_model_path)
-    plain = models.load(ModelConfig(id=str(tiny_model_path)), None, seed=0)
+    plain = models.load(ModelConfig(id=str(tiny_model_path), device="cpu"), None, seed=0)
     with torch.no_grad(), lm.base_only():
         assert torch.equal(lm.model(input_ids=IDS).logits, plain.model(input_ids=IDS).logits)
 

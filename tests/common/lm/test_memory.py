@@ -29,14 +29,16 @@ def test_more_memory_and_smaller_values_fit_more_tokens() -> None:
 
 def test_a_cpu_takes_more_at_a_time_in_bfloat16(tiny_model_path: Path) -> None:
     found = [
-        tokens_per_backward(load(ModelConfig(id=str(tiny_model_path), dtype=dtype), LoraConfig(rank=2), seed=0))
+        tokens_per_backward(
+            load(ModelConfig(id=str(tiny_model_path), device="cpu", dtype=dtype), LoraConfig(rank=2), seed=0)
+        )
         for dtype in ("float32", "bfloat16")
     ]
     assert found == [1024, 2560]
 
 
 def test_running_out_of_memory_says_what_would_fit(tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = load(ModelConfig(id=str(tiny_model_path), device="cpu"), LoraConfig(rank=4), seed=0)
+    lm = load(ModelConfig(id=str(tiny_model_path), device="cpu", device="cpu"), LoraConfig(rank=4), seed=0)
 
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")

@@ -124,7 +124,7 @@ def test_an_adapter_folder_comes_back_and_peft_alone_reads_it(tiny_model_path: P
 
 def test_another_adapters_folder_is_refused(tiny_model_path: Path, tmp_path: Path) -> None:
     tiny(tiny_model_path).save_adapter(tmp_path / "adapter")
-    other = load(ModelConfig(id=str(tiny_model_path)), LoraConfig(rank=8), seed=0)
+    other = load(ModelConfig(id=str(tiny_model_path), device="cpu"), LoraConfig(rank=8), seed=0)
     with pytest.raises(VerificationError, match="shape"):
         other.load_adapter_folder(tmp_path / "adapter")
     with pytest.raises(ModelError, match="no such file"):
@@ -133,7 +133,7 @@ def test_another_adapters_folder_is_refused(tiny_model_path: Path, tmp_path: Pat
 
 def test_one_base_model_is_shared_by_all_who_ask(tiny_model_path: Path) -> None:
     models.release_shared()
-    config, lora = ModelConfig(id=str(tiny_model_path)), LoraConfig(rank=4)
+    config, lora = ModelConfig(id=str(tiny_model_path), device="cpu"), LoraConfig(rank=4)
     first = shared(config, lora, 1)
     fresh = first.vector(False)
     assert shared(config, LoraConfig(rank=4), 1) is first
@@ -208,14 +208,14 @@ def test_a_model_without_chat_template_is_refused(copy: Path) -> None:
     (copy / "chat_template.jinja").unlink()
     tokenizer.save_pretrained(copy)
     with pytest.raises(ModelError, match="no chat template"):
-        load(ModelConfig(id=str(copy)), None, seed=0)
+        load(ModelConfig(id=str(copy), device="cpu"), None, seed=0)
 
 
 def test_damaged_weights_are_refused_in_one_line(copy: Path) -> None:
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ModelError) as error:
-        load(ModelConfig(id=str(copy)), None, seed=0)
+        load(ModelConfig(id=str(copy), device="cpu"), None, seed=0)
     assert "\n" not in str(error.value)
 
 
@@ -243,11 +243,11 @@ def test_a_packaged_model_that_is_not_installed_names_the_command(monkeypatch: p
 
 def test_targets_that_the_model_does_not_have_are_named(tiny_model_path: Path) -> None:
     with pytest.raises(ModelError, match=r"lora\.targets"):
-        load(ModelConfig(id=str(tiny_model_path)), LoraConfig(targets=("no_such_proj",)), seed=0)
+        load(ModelConfig(id=str(tiny_model_path), device="cpu"), LoraConfig(targets=("no_such_proj",)), seed=0)
 
 
 def test_a_model_without_adapter_has_no_vector(tiny_model_path: Path) -> None:
-    lm = load(ModelConfig(id=str(tiny_model_path)), None, seed=0)
+    lm = load(ModelConfig(id=str(tiny_model_path), device="cpu"), None, seed=0)
     with pytest.raises(ModelError, match="without an adapter"):
         lm.vector()
     with lm.base_only():
@@ -278,7 +278,7 @@ def test_the_packaged_model_is_converted_once_and_talks_sense() -> None:
     assert resolve("smollm2-135m") == path
     assert (path / "model.safetensors").stat().st_mtime_ns == stamp
     assert [folder.name for folder in path.parent.iterdir()] == [path.name]  # nothing half-written beside it
-    lm = load(ModelConfig(), None, seed=0)
+    lm = load(ModelConfig(device="cpu"), None, seed=0)
     base = lm.model
     assert base.lm_head.weight.data_ptr() == base.model.embed_tokens.weight.data_ptr()
     ends = (base.generation_config.eos_token_id, base.generation_config.pad_token_id)

@@ -31,7 +31,7 @@ def questions(count: int, seed: int = 0) -> list[Question]:
 
 @pytest.fixture(scope="module")
 def lm(tiny_model_path: Path) -> LanguageModel:
-    made = load(ModelConfig(id=str(tiny_model_path)), LoraConfig(rank=4), seed=1)
+    made = load(ModelConfig(id=str(tiny_model_path), device="cpu"), LoraConfig(rank=4), seed=1)
     rng = np.random.default_rng(0)
     made.set_vector((rng.normal(size=made.manifest.size) * 0.1).astype(np.float32))
     return made
@@ -94,7 +94,7 @@ def test_a_prompt_holds_system_user_and_the_beginning_of_the_answer(lm: Language
 
 
 def test_bfloat16_scoring_is_close_to_float32(lm: LanguageModel, tiny_model_path: Path) -> None:
-    half = load(ModelConfig(id=str(tiny_model_path), dtype="bfloat16"), LoraConfig(rank=4), seed=1)
+    half = load(ModelConfig(id=str(tiny_model_path), device="cpu", dtype="bfloat16"), LoraConfig(rank=4), seed=1)
     half.set_vector(lm.vector(False), trainable_only=False)
     asked = questions(6)
     exact, rough = option_log_probs(lm, asked, TEMPLATE, 4), option_log_probs(half, asked, TEMPLATE, 4)
