@@ -38,7 +38,7 @@ def test_a_cpu_takes_more_at_a_time_in_bfloat16(tiny_model_path: Path) -> None:
 
 
 def test_running_out_of_memory_says_what_would_fit(tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = load(ModelConfig(id=str(tiny_model_path), device="cpu", device="cpu"), LoraConfig(rank=4), seed=0)
+    lm = load(ModelConfig(id=str(tiny_model_path), device="cpu"), LoraConfig(rank=4), seed=0)
 
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
