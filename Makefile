@@ -6,6 +6,7 @@ VENV   ?= .venv
 OUT    ?= runs/demo
 ARMS   ?= federated
 SEEDS  ?= 1
+ASKED  ?= 1
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 READY  := $(VENV)/.ready
@@ -47,8 +48,8 @@ demo: $(READY)  ## the main job: 4 hospitals, real ICU patients, a real model (O
 demo-private: $(READY)  ## the demo with patient-level differential privacy
 	$(BIN)/wardround simulate run configs/demo-private.toml --out runs/demo-private --resume
 
-learn: $(READY)  ## the setting that learns, against majority and warm-up; hours on 2 cores; it continues where it stopped
-	$(BIN)/wardround simulate experiment federated learn --out runs/learn --arms $(ARMS) --seeds $(SEEDS) --questions 4
+learn: $(READY)  ## the setting that learns, against warm-up and majority; hours on 2 cores; it continues where it stopped
+	$(BIN)/wardround simulate experiment federated learn --out runs/learn --arms $(ARMS) --seeds $(SEEDS) --questions $(ASKED)
 
 test: $(READY)  ## the tests, without those marked slow
 	$(BIN)/python -m pytest
