@@ -46,6 +46,19 @@ _HELD_OUT_STREAM, _TRAIN_STREAM = 1, 0
 _RAMP_STEPS = 10  # the learning rate rises over these, then falls linearly to a tenth
 _GRADIENT_NORM = 1.0
 
+# What a report keeps of the adapter that its training went on from.
+_FIRST_PART = (
+    "binding_before",
+    "binding_after",
+    "first_part",
+    "machine",
+    "prompt",
+    "questions_trained",
+    "seconds",
+    "settings",
+    "sha256",
+)
+
 OnStep = Callable[[int, int, float], None]
 
 
@@ -80,8 +93,10 @@ def warm_up(lm: LanguageModel, config: RunConfig, *, on_step: OnStep | None = No
         VerificationError: training gave NaN or infinity, or an adapter that does not change the model's outputs.
     """
     settings, template = config.warmup, load_prompt(config.model.prompt)
+    first_part: dict[str, Any] = {}
     if settings.start is not None:
-        _put(lm, load_released(settings.start, lm))
+        start = _put(lm, load_released(settings.start, lm)).report
+        first_part = {"first_part": {key: start[key] for key in _FIRST_PART if key in start}}
     held_out = held_out_questions(config, template)
     before = binding_accuracy(lm, held_out, template, config)
     started = time.perf_counter()
@@ -113,6 +128,7 @@ def warm_up(lm: LanguageModel, config: RunConfig, *, on_step: OnStep | None = No
         "settings": _deciding(settings),
         "code_version": CODE_VERSION,
         "command": _command(config),
+        **first_part,
     }
     return WarmupResult(vector, lm.manifest, report)
 

@@ -318,6 +318,7 @@ def test_a_warm_up_goes_on_from_a_released_adapter(tiny_model_path: Path, tmp_pa
     assert second.report["binding_before"] == first.report["binding_after"]
     assert 0 < np.abs(second.vector_full - first.vector_full).max() < 1e-2
     assert "warmup.start=" in second.report["command"]
+    assert second.report["first_part"]["questions_trained"] == first.report["questions_trained"]
 
 
 def test_a_start_with_other_values_makes_another_cached_adapter(tiny_model_path: Path, tmp_path: Path) -> None:
