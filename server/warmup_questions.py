@@ -56,10 +56,8 @@ _MOST_USUAL = USUAL_LEVELS + 1  # levels of a word; one of them may not be said
 _NO_LINE = -1
 _KEPT_SHARE = 0.85  # of words and yes/no that are the same at another time
 _MOST_LINES = 64  # far fewer than there are labels, so that drawing distinct ones ends soon
-_USUAL_SHARE, _RELATED_SHARE = (
-    0.5,
-    0.35,
-)  # of hinted questions where the prompt says what is usual; the rest: base rates
+# Of hinted questions where the prompt says what is usual; the rest are base rates.
+_USUAL_SHARE, _RELATED_SHARE = 0.5, 0.35
 _SECTIONS = ("House", "Garden", "Workshop", "Harbour", "Village", "Road")
 
 

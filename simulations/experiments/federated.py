@@ -37,7 +37,7 @@ from ...client.registry import Registry, split_rows, write_registry
 from ...common.config import RunConfig
 from ...common.counts import count
 from ...common.dictionary import dump_dictionary
-from ...common.errors import ConfigError
+from ...common.errors import ConfigError, RunFolderError
 from ...common.files import write_atomic
 from ...common.question import Question, load_prompt
 from ...common.schema import derive_schema
@@ -75,6 +75,7 @@ class Exam:
     rows: np.ndarray  # of the registry, one a question
     shown: np.ndarray  # bool (questions, features)
     train_rows: np.ndarray
+    key: str  # what it follows from: another config, split or number of questions has another
 
     @property
     def patients(self) -> np.ndarray:
@@ -97,7 +98,8 @@ def make_exam(config: RunConfig, per_patient: int, split: Split = "test") -> Exa
     questions, rows, shown = builder.build_with_records(
         np.tile(splits[split], per_patient), derive_rng(config.seed, f"experiment {split} questions")
     )
-    return Exam(registry, builder, questions, rows, shown, splits["train"])
+    key = f"{config.digest()} {split} {per_patient}"
+    return Exam(registry, builder, questions, rows, shown, splits["train"], key)
 
 
 def arm_configs(config: RunConfig, arm: str, exam: Exam, out: Path) -> list[RunConfig]:
@@ -352,10 +354,6 @@ def _path(out: Path, name: str, seed: int) -> Path:
     return out / "outcomes" / f"{name}-seed-{seed}.json"
 
 
-def _read(path: Path) -> list[float]:
-    return list(json.loads(path.read_text(encoding="utf-8"))["correct"])
-
-
 def _outcome(
     name: str,
     config: RunConfig,
@@ -364,7 +362,11 @@ def _outcome(
     progress: Progress | None = None,
     say: Say = lambda text: None,
 ) -> list[float]:
-    """What an arm or a reference answered, from disk or made now."""
+    """What an arm or a reference answered, from disk or made now.
+
+    Raises:
+        RunFolderError: the folder holds another experiment's answer.
+    """
     path = _path(out, name, config.seed)
     if not path.exists():
         if name in ARMS:
@@ -372,11 +374,15 @@ def _outcome(
         else:
             right = _reference(name, config, exam, say)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps({"name": name, "seed": config.seed, "correct": right}).encode(), mode=0o644)
-    found = _read(path)
-    if len(found) != len(exam.questions):
-        raise ValueError(f"{path}: expected {len(exam.questions)} answers, got {len(found)}; delete it")
-    return found
+        write_atomic(
+            path,
+            json.dumps({"name": name, "seed": config.seed, "exam": exam.key, "correct": right}).encode(),
+            mode=0o644,
+        )
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["exam"] != exam.key:
+        raise RunFolderError(f"{path}: answers of another config, split or number of questions; use another --out")
+    return list(found["correct"])
 
 
 def summarise(found: Mapping[int, Mapping[str, Any]], n_bootstrap: int = BOOTSTRAP) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from wardround.client.questions import QuestionBuilder
 from wardround.common.config import QuestionsConfig, RunConfig
-from wardround.common.errors import ConfigError
+from wardround.common.errors import ConfigError, RunFolderError
 from wardround.simulations.experiments import federated, figure
 from wardround.simulations.experiments.ceiling import gradient_boosting_answers
 
@@ -99,6 +99,18 @@ def test_references_made_side_by_side_are_those_made_one_after_another(tiny_mode
     result = federated.run(settings, together, **asked, jobs=2, say=said.append)
     assert sorted(said) == ["majority, seed 1: done", "majority, seed 2: done"]
     assert result == federated.run(settings, tmp_path / "apart", **asked)
+
+
+@pytest.mark.parametrize("other", [{"split": "validation"}, {"per_patient": 2}, {"learning_rate": 0.02}])
+def test_a_folder_with_another_experiments_answers_is_refused(
+    tiny_model_path: Path, tmp_path: Path, other: dict
+) -> None:
+    asked = {"seeds": [1], "arms": [], "references": ["majority"]}
+    federated.run(config(tiny_model_path), tmp_path, **asked)
+    grpo = {key: other[key] for key in other if key == "learning_rate"}
+    rest = {key: other[key] for key in other if key not in grpo}
+    with pytest.raises(RunFolderError, match="use another --out"):
+        federated.run(config(tiny_model_path, **grpo), tmp_path, **asked, **rest)
 
 
 def test_an_arm_that_cannot_ask_its_share_is_refused_before_anything_is_trained(
