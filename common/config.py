@@ -431,6 +431,31 @@ class SiteConfig(Frozen):
     mapping: MappingConfig = MappingConfig()
 
 
+class CoordinatorConfig(Frozen):
+    """The coordinator's `coordinator.toml` (`wardround server init` writes it). Relative paths are relative to it."""
+
+    consortium: Annotated[str, Field(min_length=1, max_length=100)]  # its name, as people read it; in every roster
+    address: str  # host:port that hospitals dial, in their invitations; another one needs new invitations
+    listen_host: str = "0.0.0.0"  # the public socket, which answers hospitals and nobody else
+    listen_port: Annotated[int, Field(ge=1, le=65535)] = 9092
+    loopback_port: Annotated[int, Field(ge=1, le=65535)] = 9093  # on 127.0.0.1: for this coordinator's own processes
+    passphrase_file: str | None = None  # mode 0600; the environment variable WARDROUND_PASSPHRASE goes first
+    # Of the public socket. Flower cuts what is long into pieces of 5 MiB, so that no request needs much more.
+    max_body_bytes: Annotated[int, Field(ge=2**20, le=2**31)] = 64 * 2**20
+    max_connections: Annotated[int, Field(ge=8, le=65536)] = 1024
+    max_connections_per_address: Annotated[int, Field(ge=4, le=65536)] = 256  # hospitals behind one address share it
+    max_failures_per_minute: Annotated[int, Field(ge=1)] = 60  # refused requests of an address, before it has to wait
+    request_timeout_s: Annotated[float, Field(gt=0)] = 300.0  # for the whole of a request to arrive
+
+    @model_validator(mode="after")
+    def two_sockets(self) -> Self:
+        if self.listen_port == self.loopback_port:
+            raise ValueError(f"loopback_port = {self.loopback_port}: expected another port than listen_port")
+        if self.max_connections_per_address > self.max_connections:
+            raise ValueError("max_connections_per_address: expected no more than max_connections")
+        return self
+
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -550,6 +575,11 @@ def load_site(path: Path) -> SiteConfig:
             _sites.clear()
         _sites[key] = config
     return _sites[key]
+
+
+def load_coordinator(path: Path) -> CoordinatorConfig:
+    """The coordinator's coordinator.toml."""
+    return parse(CoordinatorConfig, read_toml(path), str(path))
 
 
 def without_none(value: Any) -> Any:

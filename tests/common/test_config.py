@@ -30,6 +30,9 @@ declared_patients = 900
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
 def test_every_shipped_config_loads(path: Path) -> None:
+    if path.name.startswith("coordinator"):
+        assert config.load_coordinator(path).consortium
+        return
     load = config.load_site if path.name.startswith("site") else config.load_run
     assert load(path).name
 
@@ -174,6 +177,36 @@ def test_the_server_learning_rate_belongs_to_its_optimizer(tmp_path: Path) -> No
     assert config.load_run(path).federation.eta == 1.0
     assert config.load_run(path, ["federation.server_optimizer=fedadam"]).federation.eta == 1e-3
     assert config.load_run(path, ["federation.server_learning_rate=0.5"]).federation.eta == 0.5
+
+
+COORDINATOR = "consortium = 'c'\naddress = 'c.example.org:9092'\n"
+
+
+def test_the_example_of_a_coordinator_has_every_key_and_the_defaults() -> None:
+    example = config.read_toml(ROOT / "configs" / "coordinator.example.toml")
+    assert set(example) == set(config.CoordinatorConfig.model_fields)
+    defaults = config.CoordinatorConfig.model_validate({key: example[key] for key in ("consortium", "address")})
+    chosen = {key: value for key, value in example.items() if key != "passphrase_file"}
+    assert chosen == {key: value for key, value in defaults.model_dump().items() if key != "passphrase_file"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "missing key 'consortium'"),
+        ("listen_prt = 1\n", "unknown key 'listen_prt'"),
+        ("listen_port = 9093\n", "expected another port than listen_port"),
+        ("loopback_port = 70000\n", "'loopback_port': .*got 70000"),
+        ("max_body_bytes = 1000\n", "'max_body_bytes': .*got 1000"),
+        ("max_connections = 100\n", "expected no more than max_connections"),
+    ],
+)
+def test_a_wrong_coordinator_toml_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "coordinator.toml"
+    path.write_text(COORDINATOR + text if text else "", encoding="utf-8")
+    with pytest.raises(ConfigError, match=message) as caught:
+        config.load_coordinator(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_examples_in_the_docstrings_hold() -> None:
