@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-private learn test test-slow mutants check bench clean
+.PHONY: help install demo demo-private deploy-demo learn test test-slow mutants check bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -45,8 +45,12 @@ $(READY): pyproject.toml constraints.txt Makefile
 demo: $(READY)  ## the main job: 4 hospitals, real ICU patients, a real model (OUT=folder; continues or shows a run that is there)
 	$(BIN)/wardround simulate run configs/demo.toml --out $(OUT) --resume
 
-demo-private: $(READY)  ## the demo with patient-level differential privacy
-	$(BIN)/wardround simulate run configs/demo-private.toml --out runs/demo-private --resume
+demo-private: $(READY)  ## the demo with patient-level differential privacy; after `make demo`, also what that cost
+	$(BIN)/wardround simulate run configs/demo-private.toml --out runs/demo-private --resume $(if $(wildcard runs/demo/model/provenance.json),--reference runs/demo)
+
+deploy-demo: $(READY)  ## a consortium for real on this machine: coordinator, four hospitals, TLS, enrolment, a private run
+	rm -rf runs/deploy-demo
+	$(BIN)/wardround simulate deploy deploy-demo --out runs/deploy-demo
 
 learn: $(READY)  ## the setting that learns, against warm-up and majority; hours on 2 cores; it continues where it stopped
 	$(BIN)/wardround simulate experiment federated learn --out runs/learn --arms $(ARMS) --seeds $(SEEDS) --questions $(ASKED)

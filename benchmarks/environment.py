@@ -45,7 +45,14 @@ def environment() -> dict[str, Any]:
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident size this process has had so far."""
+    """The largest resident size this process has had so far.
+
+    On Linux not `ru_maxrss`: that of a child begins with its parent's, however small the child stays.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -75,19 +75,23 @@ def read_counts(ring: NDArray[np.uint32], dictionary: Dictionary, privacy: Priva
     return Counts(dictionary, ring.view(np.int32).astype(np.int64), fine, one, two)
 
 
-def read_results(tail: Ints, chance: float, models: Sequence[str], sites: int) -> Tally:
-    """Test results from their noised sum, as the tally of one target, `EVERYTHING`.
+def results_noise(multiplier: float, sites: int) -> float:
+    """Standard deviation of the noise on each number of a sum of test results: of every site, and of its rounding."""
+    return math.sqrt(sites * ((multiplier * RESULTS_SENSITIVITY) ** 2 + 1 / 12))
+
+
+def read_results(tail: Ints, chance: float, models: Sequence[str], sites: int, multiplier: float) -> Tally:
+    """Test results from their noised sum, as the tally of one target, `EVERYTHING`, which knows its noise.
 
     Args:
         tail: the sum of patterns, int64 (2^(models + 1),), each site's with `OFFSET`.
         chance: of guessing right, from the schema; it is not counted.
         models: as at the sites.
         sites: how many are in the sum.
+        multiplier: the run's `privacy.metrics_noise_multiplier`.
     """
-    patterns = np.maximum(tail - sites * OFFSET, 0)
-    if not patterns.sum():
-        patterns[0] = 1  # all noise: nothing was right
-    expected = round(float(patterns.sum()) * CHANCE_UNIT * chance)
-    nothing = np.zeros(len(models), np.int64)
-    vector = np.concatenate([patterns, [expected], nothing, nothing]).astype(np.int64)
-    return Tally.from_vector(vector, [EVERYTHING], models)
+    patterns = (tail - sites * OFFSET).reshape(1, -1)
+    expected = round(max(1.0, float(patterns.sum())) * CHANCE_UNIT * chance)
+    nothing = np.zeros((1, len(models)), np.int64)
+    noise = results_noise(multiplier, sites)
+    return Tally((EVERYTHING,), tuple(models), patterns, np.array([expected]), nothing, nothing, noise)

@@ -4,7 +4,8 @@ Role: a site makes a `Tally` of its held-out questions; the coordinator adds the
 person with one model and one registry (`wardround evaluate`) does both in one process.
 Enters: questions and what each model answered. Leaves a site: the tally's integers, never a question or an answer.
 Private: a tally of few questions says something about few patients; summed over sites it says less. Counts are integers
-so that a secure sum can carry them unchanged. Nothing here adds noise.
+so that a secure sum can carry them unchanged. Nothing here adds noise; where sites added some (common/noisy.py), the
+tally says how much, and every interval and p-value counts it in.
 
 The tally keeps, per target, how often each *pattern* of right and wrong occurred over (majority option, model 1, model
 2, …). Every accuracy, every 2 × 2 table of two models and every bootstrap of them follows from these counts: drawing n
@@ -59,6 +60,7 @@ class Tally:
         chance: int64 (T,), sum over questions of CHANCE_UNIT / n_options.
         boxed: int64 (T, M), answers given in a box without being forced.
         length: int64 (T, M), completion tokens.
+        noise: standard deviation of the normal noise on every number in `patterns`, of which some may then be below 0.
     """
 
     targets: tuple[str, ...]
@@ -67,6 +69,7 @@ class Tally:
     chance: Ints
     boxed: Ints
     length: Ints
+    noise: float = 0.0
 
     @classmethod
     def empty(cls, targets: Sequence[str], models: Sequence[str]) -> Self:
@@ -205,9 +208,61 @@ def bootstrap_patterns(patterns: Ints, n_bootstrap: int, seed: int) -> Ints:
     return np.random.default_rng(seed).multinomial(n, patterns / n, size=n_bootstrap)
 
 
+def mcnemar_noised(only_first: int, only_second: int, deviation: float) -> float:
+    """Two-sided p of no difference, by the normal distribution, where the difference of the two has noise on it.
+
+    Args:
+        only_first, only_second: how often each model alone was right, with noise; may be below 0.
+        deviation: standard deviation of the noise on their difference.
+
+    >>> round(mcnemar_noised(25, 9, 0.0), 3), round(mcnemar_noised(25, 9, 12.0), 3)
+    (0.006, 0.23)
+    """
+    variance = max(0, only_first + only_second) + deviation**2
+    return math.erfc(abs(only_first - only_second) / math.sqrt(2 * variance)) if variance else 1.0
+
+
 def _interval(values: NDArray[np.float64]) -> list[float]:
     low, high = np.quantile(values, [0.025, 0.975])
     return [float(low), float(high)]
+
+
+class _Bootstrap:
+    """Shares of weighted patterns, and how far they scatter.
+
+    Without noise: percentiles of the drawn shares. With noise a draw gets noise of its own, and its distance from the
+    share that it was drawn around, which is known, stands for the estimate's distance from the truth: percentiles
+    alone would be around the noised numbers cut off at 0, which are biased.
+    """
+
+    def __init__(self, patterns: Ints, noise: float, n_bootstrap: int, seed: int) -> None:
+        self.patterns, self.noise, self.n = patterns, noise, max(1, int(patterns.sum()))
+        # Where even how many questions there were is lost in the noise, a share can be anything.
+        self.lost = noise > 0 and patterns.sum() < Z95 * noise * math.sqrt(patterns.size)
+        if not noise:
+            self.shares = bootstrap_patterns(patterns, n_bootstrap, seed) / self.n
+            return
+        around = np.maximum(patterns, 0)
+        if not around.any():
+            around[0] = 1  # all noise: nothing was right
+        rng = np.random.default_rng(seed)
+        drawn = rng.multinomial(self.n, around / around.sum(), size=n_bootstrap)
+        drawn = drawn + rng.normal(0.0, noise, drawn.shape)
+        self.shares = drawn / np.maximum(1.0, drawn.sum(axis=1, keepdims=True)) - around / around.sum()
+
+    def share(self, weights: NDArray[Any]) -> float:
+        """The weighted share; weights of 0 and 1 give an accuracy, of −1, 0 and 1 a difference."""
+        return min(1.0, max(-1.0 if np.any(weights < 0) else 0.0, float(self.patterns @ weights) / self.n))
+
+    def interval(self, weights: NDArray[Any]) -> tuple[list[float], float]:
+        """95 % interval of the share, and its standard error."""
+        drawn = self.shares @ weights.astype(np.float64)
+        bounds = _interval(drawn)
+        if self.noise:
+            estimate, least = float(self.patterns @ weights) / self.n, -1.0 if np.any(weights < 0) else 0.0
+            bounds = [min(1.0, max(least, estimate - error)) for error in reversed(bounds)]
+            bounds = [least, 1.0] if self.lost else bounds
+        return bounds, float(drawn.std())
 
 
 def summarise(
@@ -220,6 +275,8 @@ def summarise(
     nobody should read a percentage of three questions, and a published one could point at a patient. That is a
     courtesy, not a guarantee: totals minus rows can still give a small row away.
 
+    A tally with noise has one target, all questions; its intervals and p-values (normal, not exact) count the noise in.
+
     Args:
         tally: the pooled counts.
         sections: target → its section.
@@ -231,34 +288,34 @@ def summarise(
         "n"; one entry a model and "majority", each {"accuracy", "ci95", "n", "correct"} and for models "box_rate" (None
         where no text was generated: an answer-only model has no box to find) and "mean_length" (tokens); "chance";
         "paired": {"final-warmup": …} (the later model minus the earlier one); "mcnemar_p" (base against final, where
-        both are there); "by_feature", "by_section" and "small_features".
+        both are there); "by_feature", "by_section" and "small_features"; "noise", its standard deviation on each count.
 
     Raises:
         RegistryError: the tally counts no question.
     """
-    n = int(tally.n.sum())
+    n = max(int(tally.n.sum()), 1 if tally.noise else 0)
     if n == 0:
         raise RegistryError("no held-out question could be asked: no test patient has a value that may be masked")
-    pooled: Ints = tally.patterns.sum(axis=0)
-    draws = bootstrap_patterns(pooled, n_bootstrap, seed)
+    bootstrap = _Bootstrap(tally.patterns.sum(axis=0), tally.noise, n_bootstrap, seed)
     names = (*tally.models, MAJORITY)
-    right = {name: right_column_mask(tally.models, name) for name in names}
-    drawn = {name: draws[:, right[name]].sum(axis=1) / n for name in names}
-    result: dict[str, Any] = {"n": n}
+    right = {name: right_column_mask(tally.models, name).astype(np.int64) for name in names}
+    result: dict[str, Any] = {"n": n, "noise": tally.noise}
     for name in names:
-        correct = int(pooled[right[name]].sum())
-        result[name] = {"accuracy": correct / n, "ci95": _interval(drawn[name]), "n": n, "correct": correct}
+        accuracy, (bounds, _) = bootstrap.share(right[name]), bootstrap.interval(right[name])
+        result[name] = {"accuracy": accuracy, "ci95": bounds, "n": n, "correct": round(accuracy * n)}
     for column, name in enumerate(tally.models):
         tokens = int(tally.length[:, column].sum())
         result[name]["box_rate"] = int(tally.boxed[:, column].sum()) / n if tokens else None
         result[name]["mean_length"] = tokens / n
     result["chance"] = int(tally.chance.sum()) / CHANCE_UNIT / n
     result["paired"] = {
-        f"{later}-{earlier}": _paired(pooled, right[later], right[earlier], drawn[later] - drawn[earlier])
+        f"{later}-{earlier}": _paired(bootstrap, right[later], right[earlier])
         for later, earlier in _pairs(tally.models)
     }
     if "final-base" in result["paired"]:
         result["mcnemar_p"] = result["paired"]["final-base"]["mcnemar_p"]
+    if tally.noise:  # of which feature a question was is not counted
+        return {**result, "by_feature": {}, "by_section": {}, "small_features": {"features": [], "n": 0}}
     counts = tally.n
     large = [row for row in range(len(tally.targets)) if counts[row] >= min_cell]
     small = [row for row in range(len(tally.targets)) if 0 < counts[row] < min_cell]
@@ -287,19 +344,22 @@ def _pairs(models: Sequence[str]) -> Iterator[tuple[str, str]]:
     yield models[-1], MAJORITY
 
 
-def _paired(
-    pooled: Ints, later: NDArray[np.bool_], earlier: NDArray[np.bool_], differences: NDArray[np.float64]
-) -> dict[str, Any]:
+def _paired(bootstrap: _Bootstrap, later: Ints, earlier: Ints) -> dict[str, Any]:
     """The paired comparison of two models on the same questions."""
-    only_later, only_earlier = int(pooled[later & ~earlier].sum()), int(pooled[earlier & ~later].sum())
+    alone = [later * (1 - earlier), earlier * (1 - later)]
+    only_later, only_earlier = (int(bootstrap.patterns @ weights) for weights in alone)
+    bounds, error = bootstrap.interval(later - earlier)
+    deviation = bootstrap.noise * math.sqrt(int(sum(alone).sum()))
     return {
-        "difference": (only_later - only_earlier) / int(pooled.sum()),
-        "ci95": _interval(differences),
-        "mcnemar_p": mcnemar_exact(only_later, only_earlier),
+        "difference": bootstrap.share(later - earlier),
+        "ci95": bounds,
+        "mcnemar_p": mcnemar_noised(only_later, only_earlier, deviation)
+        if bootstrap.noise
+        else mcnemar_exact(only_later, only_earlier),
         "only_later": only_later,
         "only_earlier": only_earlier,
         # The difference that 80 % of such evaluations would find at the 5 % level: (z.975 + z.80) standard errors.
-        "detectable": (Z95 + Z80) * float(differences.std()),
+        "detectable": (Z95 + Z80) * error,
     }
 
 

@@ -159,8 +159,8 @@ def rows_of(evaluation: Mapping[str, Any]) -> list[str]:
 def shown(comparison: Mapping[str, Any]) -> int:
     """Whether a paired difference is shown: 1 better, −1 worse, 0 neither.
 
-    Only where both say so that stand beside it: the bootstrap interval leaves 0 out, and exact McNemar p < 0.05. With
-    few differing answers the interval alone is too quick: 4 against 0 is p = 0.12.
+    Only where both say so that stand beside it: the bootstrap interval leaves 0 out, and McNemar's p < 0.05. With few
+    differing answers the interval alone is too quick: 4 against 0 is p = 0.12.
     """
     low, high = comparison["ci95"]
     if comparison["mcnemar_p"] >= 0.05:
@@ -174,16 +174,18 @@ def verdict(evaluation: Mapping[str, Any]) -> str:
     name, n = {"warmup": "warmed-up", "base": "base"}[before], evaluation["n"]
     comparison = evaluation["paired"][f"final-{before}"]
     low, high = comparison["ci95"]
-    figures = f"95 % interval {points(low)} to {points(high)}, {p_value(comparison['mcnemar_p'])}, n = {n:,}"
+    noised = bool(evaluation.get("noise"))
+    asked = f"n {'≈' if noised else '='} {n:,}"
+    figures = f"95 % interval {points(low)} to {points(high)}, {p_value(comparison['mcnemar_p'])}, {asked}"
     size = f"{100 * abs(comparison['difference']):.1f} points"
     if shown(comparison) > 0:
         return f"The rounds raised accuracy over the {name} model by {size} ({figures})."
     if shown(comparison) < 0:
         return f"The rounds lowered accuracy below the {name} model's by {size} ({figures}): keep the {name} model."
-    if comparison["only_later"] == comparison["only_earlier"] == 0:
+    if comparison["only_later"] == comparison["only_earlier"] == 0 and not noised:
         return f"The rounds changed no result: final and {name} model were right on the same {n:,} questions."
     return (
-        f"Final and {name} model cannot be told apart: these rounds added nothing that n = {n:,} can show "
+        f"Final and {name} model cannot be told apart: these rounds added nothing that {asked} can show "
         f"({points(comparison['difference'])} points, {figures}). An evaluation of this size misses a true difference "
         f"under {100 * comparison['detectable']:.1f} points more than one time in five."
     )

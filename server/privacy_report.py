@@ -17,6 +17,8 @@ from ..common import plan
 from ..common.config import RunConfig
 from ..common.files import write_atomic
 from ..common.privacy import Event, epsilon_prv, epsilon_rdp
+from ..common.statistics import Z95
+from .evaluate import points
 
 COMPONENTS = {
     "schema": "counts behind the question schema",
@@ -64,6 +66,69 @@ def privacy_report(config: RunConfig, rounds: Mapping[str, int], rounds_run: int
         "protected": protected(),
         "not_protected": not_protected(),
     }
+
+
+def cost(
+    config: RunConfig, evaluation: Mapping[str, Any], *, updates: int, sites: int, parameters: int
+) -> dict[str, Any]:
+    """What privacy cost this run: the noise beside what it hides, in training and in the test results.
+
+    Args:
+        config: the run's; its privacy is on.
+        evaluation: content of evaluation.json.
+        updates: site updates that were added up, over all rounds.
+        sites: in the sum of test results.
+        parameters: trainable ones.
+
+    Returns:
+        "training_noise_ratio": length of all noise over the greatest length that all clipped gradients can add up to;
+        "half_interval", "half_interval_without_noise": of the final model's accuracy; "sentences".
+    """
+    steps, drawn = updates * config.grpo.local_steps, config.grpo.patients_per_step
+    ratio = plan.noise_multiplier(config) * math.sqrt(parameters) / (drawn * math.sqrt(steps)) if steps else math.inf
+    low, high = evaluation["final"]["ci95"]
+    share, n = evaluation["final"]["accuracy"], evaluation["n"]
+    alone = Z95 * math.sqrt(share * (1 - share) / n)
+    sentences = [
+        f"Training: {steps:,} noised sums of about {drawn:.0f} patients each, over {sites} sites. All noise together is "
+        f"{ratio:.1f} times as long as the gradients could have been had every patient pulled in the same direction. "
+        "With k times the patients in a draw the same noise weighs 1 / k as much.",
+        f"Test results: noise of standard deviation {evaluation['noise']:.1f} on each count makes the final model's 95 % interval "
+        f"{100 * (high - low):.1f} points wide; {n:,} questions without noise give {200 * alone:.1f}.",
+    ]
+    return {
+        "training_noise_ratio": ratio if math.isfinite(ratio) else None,
+        "half_interval": (high - low) / 2,
+        "half_interval_without_noise": alone,
+        "sentences": sentences if steps else sentences[1:],
+    }
+
+
+def against(reference: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+    """What the rounds of a private run added beside what a run without privacy added; one sentence.
+
+    The interval takes the two runs as independent: where they asked the same patients it is too wide rather than too
+    narrow.
+
+    Args:
+        reference: content of reference.json: the other run's name and paired comparison.
+        evaluation: the private run's evaluation.json.
+    """
+    before = "warmup" if "final-warmup" in evaluation["paired"] else "base"
+    with_privacy, without = evaluation["paired"][f"final-{before}"], reference["paired"][f"final-{before}"]
+    lost = without["difference"] - with_privacy["difference"]
+    half = math.hypot(*((item["ci95"][1] - item["ci95"][0]) / 2 for item in (with_privacy, without)))
+    return (
+        f"Accuracy: the rounds changed it by {points(with_privacy['difference'])} points here and by "
+        f"{points(without['difference'])} points in '{reference['name']}', without differential privacy: a cost of "
+        f"{points(lost)} points (95 % interval {points(lost - half)} to {points(lost + half)})."
+    )
+
+
+ALONE = (
+    "Accuracy: what the same rounds reach without noise is not known from this run. On an open registry it can be "
+    "measured: --reference names a run without differential privacy."
+)
 
 
 def write_privacy_report(path: Path, report: Mapping[str, Any]) -> None:

@@ -24,8 +24,10 @@ from ..common.errors import RunFolderError
 from ..common.files import write_atomic
 from ..common.statistics import wilson
 from . import evaluate, plots
+from .privacy_report import ALONE, against
 from .provenance import not_protected, protected
 
+REFERENCE = "reference.json"
 _TEMPLATES = Path(__file__).parent / "templates"
 _NO_SAMPLES = (
     "Sample questions are not part of this report: the registry is not an open one, so questions and reasoning stay in "
@@ -50,7 +52,37 @@ def rewrite(run_folder: Path) -> Path:
         run=run,
         schema=_json(run_folder, "schema.json"),
         privacy=_json(run_folder, "privacy.json"),
+        reference=_json(run_folder, REFERENCE) if (run_folder / REFERENCE).exists() else None,
     )
+
+
+def refer(run_folder: Path, reference: Path) -> Path:
+    """Has the report of a finished private run say what privacy cost, beside a run without it; returns its path.
+
+    Args:
+        run_folder: of the private run.
+        reference: folder of the other.
+
+    Raises:
+        RunFolderError: one of them is not finished, or not as described.
+    """
+    check_reference(reference)
+    paired, config = _json(reference, "evaluation.json")["paired"], load_run(reference / "config.resolved.toml")
+    content = {"name": config.name, "paired": paired}
+    write_atomic(run_folder / REFERENCE, json.dumps(content, indent=1, ensure_ascii=False).encode(), mode=0o644)
+    return rewrite(run_folder)
+
+
+def check_reference(reference: Path) -> None:
+    """Refuses what cannot stand beside a private run, before anything is run.
+
+    Raises:
+        RunFolderError: not a finished run's folder, or its privacy was on.
+    """
+    if "final-base" not in _json(reference, "evaluation.json").get("paired", {}):
+        raise RunFolderError(f"{reference / 'evaluation.json'}: holds no comparison; expected a finished run's")
+    if load_run(reference / "config.resolved.toml").privacy.enabled:
+        raise RunFolderError(f"{reference}: a run with differential privacy; expected one without as the reference")
 
 
 def write_report(
@@ -63,6 +95,7 @@ def write_report(
     run: Mapping[str, Any],
     schema: Mapping[str, Any],
     privacy: Mapping[str, Any],
+    reference: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes the page, whole or not at all.
 
@@ -75,6 +108,7 @@ def write_report(
         run: content of run.json: sites, training patients in all, losses, warm-up, validation of round 0, samples.
         schema: content of schema.json.
         privacy: content of privacy.json.
+        reference: content of reference.json, for a private run beside one without privacy.
     """
     if run["warmup"]["source"] == "none":
         evaluation = evaluate.without_warmup(evaluation)
@@ -84,6 +118,7 @@ def write_report(
         name=config.name,
         registry=run["dictionary"]["title"] or run["dictionary"]["name"],
         evaluation=evaluation,
+        noised=bool(evaluation.get("noise")),
         headline=_unbroken(headline(evaluation)),
         verdict=_unbroken(evaluate.verdict(evaluation)),
         baselines=_unbroken(evaluate.baselines(evaluation)),
@@ -106,6 +141,7 @@ def write_report(
         protected=protected(provenance),
         not_protected=not_protected(provenance),
         privacy=privacy,
+        cost=_cost(privacy, evaluation, reference),
         sites=run["sites"],
         schema=_schema_summary(schema, labels),
         provenance=_provenance_rows(provenance),
@@ -114,6 +150,14 @@ def write_report(
     )
     write_atomic(out, text.encode(), mode=0o644)
     return out
+
+
+def _cost(privacy: Mapping[str, Any], evaluation: Mapping[str, Any], reference: Mapping[str, Any] | None) -> list[str]:
+    """What privacy cost, in sentences; none where it was off, or a run of an earlier version did not say."""
+    if not privacy["enabled"] or "cost" not in privacy:
+        return []
+    accuracy = against(reference, evaluation) if reference else ALONE
+    return [_unbroken(sentence) for sentence in (*privacy["cost"]["sentences"], accuracy)]
 
 
 def headline(evaluation: Mapping[str, Any]) -> str:

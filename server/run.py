@@ -42,7 +42,7 @@ from .aggregation import Sums, Total, Work
 from .evaluate import MODELS, evaluate, read_samples, write_evaluation
 from .journal import Journal
 from .phases import Consortium, Exchange
-from .privacy_report import privacy_report, write_privacy_report
+from .privacy_report import cost, privacy_report, write_privacy_report
 from .receipts import Receipts
 from .report import rewrite as write_report_of
 from .roll_call import RollCall
@@ -107,7 +107,8 @@ class Coordinator:
     def _tally(self, tail: NDArray[np.int64], schema: Schema, sites: int) -> Tally:
         if not self.config.privacy.enabled:
             return Tally.from_vector(tail, schema.names, MODELS)
-        return read_results(tail, self._chance(schema), MODELS, sites)
+        multiplier = self.config.privacy.metrics_noise_multiplier
+        return read_results(tail, self._chance(schema), MODELS, sites, multiplier)
 
     def _chance(self, schema: Schema) -> float:
         """Of guessing right, on average over the targets: in a private run it is not counted which were asked."""
@@ -227,7 +228,14 @@ class Coordinator:
         self.journal.write("finalize", {"model_digest": final.digest, "sites": have})
         consortium.cohort.require("finalize", len(have), asked.failures)
 
-    def summary(self, warmup: GlobalModel, rounds: Rounds, state: State, warmup_report: dict[str, Any]) -> None:
+    def summary(
+        self,
+        warmup: GlobalModel,
+        rounds: Rounds,
+        state: State,
+        warmup_report: dict[str, Any],
+        evaluation: Mapping[str, Any],
+    ) -> None:
         """Writes run.json: what the report says of the run beside config, rounds and evaluation; then the report."""
         baseline, records = rounds.baseline(), rounds.finished_records()
         schema = self.journal.read("schema").values
@@ -259,7 +267,12 @@ class Coordinator:
             "samples": self.journal.read("evaluate").values["samples"],
         }
         write_atomic(self.out / "run.json", json.dumps(content, indent=1, ensure_ascii=False).encode(), mode=0o644)
-        write_privacy_report(self.out / "privacy.json", privacy_report(self.config, trained, len(records)))
+        report = privacy_report(self.config, trained, len(records))
+        if self.config.privacy.enabled:
+            sites = len(self.journal.read("evaluate").values["sites"])
+            updates, parameters = sum(trained.values()), warmup.manifest.size
+            report["cost"] = cost(self.config, evaluation, updates=updates, sites=sites, parameters=parameters)
+        write_privacy_report(self.out / "privacy.json", report)
         write_report_of(self.out)
 
 
@@ -314,9 +327,9 @@ def run_all(
     evaluation = run.evaluate(schema, round_zero, final, config.federation.rounds)
     run.finalize(final, schema, rounds, state, evaluation)
     # Once before the sites are asked a last time, for too few that answer must not cost the report; once after.
-    run.summary(round_zero, rounds, state, warmup_report)
+    run.summary(round_zero, rounds, state, warmup_report, evaluation)
     run.hand_back(final, config.federation.rounds, _rounds_by_site(rounds.finished_records()))
-    run.summary(round_zero, rounds, state, warmup_report)
+    run.summary(round_zero, rounds, state, warmup_report, evaluation)
     return evaluation
 
 

@@ -10,7 +10,15 @@ from scipy.stats import binomtest
 from wardround.common import statistics
 from wardround.common.errors import ProtocolError, RegistryError
 from wardround.common.question import Question
-from wardround.common.statistics import Tally, mcnemar_exact, summarise, tally_size, wilson
+from wardround.common.statistics import (
+    CHANCE_UNIT,
+    Tally,
+    mcnemar_exact,
+    mcnemar_noised,
+    summarise,
+    tally_size,
+    wilson,
+)
 
 TARGETS = ["albumin", "sex", "death"]
 SECTIONS = {"albumin": "Laboratory", "sex": "Patient", "death": "Outcome"}
@@ -119,6 +127,60 @@ def test_bootstrap_intervals_cover_the_truth_about_95_times_in_100() -> None:
     # Three standard errors of a coverage of 0.95 over 600 runs: 0.027. Percentile intervals undercover by about 0.01.
     assert 0.915 <= hits_accuracy / runs <= 0.98
     assert 0.915 <= hits_difference / runs <= 0.98
+
+
+def noised(counts: np.ndarray, noise: float, rng: np.random.Generator) -> Tally:
+    """A private run's tally of two models, as common/noisy.py reads it."""
+    patterns = np.zeros((1, 8), np.int64)
+    patterns[0, [0b000, 0b010, 0b100, 0b110]] = counts
+    patterns += np.rint(rng.normal(0.0, noise, 8)).astype(np.int64)
+    nothing = np.zeros((1, 2), np.int64)
+    chance = np.array([round(max(1, int(patterns.sum())) * CHANCE_UNIT / 2)])
+    return Tally(("all",), ("base", "final"), patterns, chance, nothing, nothing, noise)
+
+
+@pytest.mark.parametrize("noise", [5.0, 20.0])
+def test_intervals_of_noised_counts_cover_the_truth_and_those_that_ignore_the_noise_do_not(noise: float) -> None:
+    runs, n, truth = 500, 300, np.array([0.25, 0.15, 0.1, 0.5])
+    hits, blind, rng = np.zeros(2), np.zeros(2), np.random.default_rng(4)
+    for run in range(runs):
+        tally = noised(rng.multinomial(n, truth), noise, rng)
+        summary = summarise(tally, {"all": "all"}, n_bootstrap=1000, seed=run)
+        ignorant = summarise(
+            Tally.from_vector(np.maximum(tally.to_vector(), 0), ["all"], ["base", "final"]), {"all": "all"}, 1000, run
+        )
+        for made, into in ((summary, hits), (ignorant, blind)):
+            into += [
+                made["final"]["ci95"][0] <= 0.6 <= made["final"]["ci95"][1],
+                made["paired"]["final-base"]["ci95"][0] <= -0.05 <= made["paired"]["final-base"]["ci95"][1],
+            ]
+        for low, high in (summary["final"]["ci95"], summary["paired"]["final-base"]["ci95"]):
+            assert -1.0 <= low <= high <= 1.0
+    # Four standard errors of a coverage of 0.95 over 500 runs: 0.039; where noise makes n uncertain they are wider.
+    assert np.all(hits / runs >= 0.911) and np.all(hits / runs <= 0.99)
+    assert np.all(blind / runs < (0.93 if noise < 10 else 0.7))
+
+
+def test_mcnemar_under_noise_rejects_a_true_null_hypothesis_one_time_in_twenty() -> None:
+    rejected, runs, rng = 0, 2000, np.random.default_rng(5)
+    for _ in range(runs):
+        tally = noised(rng.multinomial(300, [0.3, 0.12, 0.12, 0.46]), 6.0, rng)
+        only_final = int(tally.patterns[0, [0b100, 0b101]].sum())
+        only_base = int(tally.patterns[0, [0b010, 0b011]].sum())
+        rejected += mcnemar_noised(only_final, only_base, 6.0 * 2) < 0.05
+    assert 0.03 <= rejected / runs <= 0.07
+
+
+def test_a_summary_of_noised_counts_says_so_and_of_nothing_but_noise_still_is_one() -> None:
+    rng = np.random.default_rng(1)
+    summary = summarise(noised(np.array([75, 45, 30, 150]), 5.0, rng), {"all": "all"})
+    assert summary["noise"] == 5.0 and summary["by_feature"] == summary["by_section"] == {}
+    alone = summary["paired"]["final-base"]
+    assert alone["mcnemar_p"] == mcnemar_noised(alone["only_later"], alone["only_earlier"], 10.0)
+    empty = summarise(noised(np.zeros(4, np.int64) - 9, 1.0, rng), {"all": "all"})
+    assert empty["n"] == 1 and empty["final"]["ci95"] == [0.0, 1.0]
+    assert empty["paired"]["final-base"]["ci95"] == [-1.0, 1.0] and empty["final"]["accuracy"] == 0.0
+    assert summarise(Tally.of(*asked(50, seed=1), TARGETS), SECTIONS)["noise"] == 0.0
 
 
 def test_the_detectable_difference_is_found_four_times_in_five() -> None:

@@ -5,7 +5,7 @@ from importlib import import_module
 
 import pytest
 from wardround.common.config import RunConfig
-from wardround.server.privacy_report import privacy_report, statement
+from wardround.server.privacy_report import against, cost, privacy_report, statement
 
 ON = {"enabled": True, "epsilon": 6.0, "delta": 1e-5, "max_grad_norm": 0.5, "declared_patients": 1000}
 
@@ -32,6 +32,32 @@ def test_a_whole_run_costs_what_was_planned_and_a_shorter_one_less():
 @pytest.mark.parametrize(("epsilon", "found"), [(0.0, 5.0), (1.0, 13.6), (50.0, 100.0)])
 def test_the_statement_bounds_the_best_test_of_membership(epsilon: float, found: float):
     assert f"finds at most {found:.1f} in a hundred" in statement(epsilon, 1e-9)
+
+
+def evaluation(difference: float, half: float) -> dict:
+    pair = {"difference": difference, "ci95": [difference - half, difference + half]}
+    return {"n": 300, "noise": 6.0, "final": {"accuracy": 0.5, "ci95": [0.42, 0.58]}, "paired": {"final-warmup": pair}}
+
+
+def test_the_cost_is_the_noise_beside_the_most_that_gradients_can_add_up_to():
+    made = config(**ON, noise_multiplier=0.8)
+    assert made.grpo.local_steps and made.grpo.patients_per_step
+    paid = cost(made, evaluation(0.0, 0.05), updates=12, sites=3, parameters=10_000)
+    steps = 12 * made.grpo.local_steps
+    # 0.8 C in every coordinate of every step, independent; C from each patient drawn, all in one direction.
+    longest = 0.8 * 100 * steps**0.5 / (made.grpo.patients_per_step * steps)
+    assert paid["training_noise_ratio"] == pytest.approx(longest)
+    assert f"{longest:.1f} times as long" in paid["sentences"][0]
+    assert paid["half_interval"] == pytest.approx(0.08)
+    assert paid["half_interval_without_noise"] == pytest.approx(1.96 * 0.5 / 300**0.5, rel=1e-3)
+    nothing = cost(made, evaluation(0.0, 0.05), updates=0, sites=3, parameters=10_000)
+    assert nothing["training_noise_ratio"] is None and len(nothing["sentences"]) == 1
+
+
+def test_beside_a_run_without_privacy_the_cost_is_the_difference_of_what_the_rounds_added():
+    said = against({"name": "demo", **evaluation(0.02, 0.03)}, evaluation(-0.01, 0.04))
+    assert "by −1.0 points here and by +2.0 points in 'demo'" in said
+    assert "a cost of +3.0 points (95 % interval −2.0 to +8.0)" in said
 
 
 def test_examples_in_the_docstrings_hold():

@@ -6,13 +6,16 @@ from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
-from wardround.common.config import to_toml
+from wardround.common.config import RunConfig, to_toml
 from wardround.common.errors import RunFolderError
+from wardround.common.statistics import Tally, summarise
 from wardround.server import evaluate, plots
-from wardround.server.report import rewrite, write_report
+from wardround.server.privacy_report import ALONE, against, cost, privacy_report
+from wardround.server.report import check_reference, rewrite, write_report
 
-from tests.server.report_case import case
+from tests.server.report_case import case, tally_of
 
 HOSTILE = (
     """ </title></script><script>alert(1)</script><img src=x onerror=alert(2)> "' onload='x' {{ 7*7 }} {% x %} & ]]>"""
@@ -229,3 +232,57 @@ def test_examples_in_the_docstrings_hold() -> None:
 
     for name in ("plots", "report"):
         assert doctest.testmod(import_module(f"wardround.server.{name}")).failed == 0
+
+
+def private_case() -> dict:
+    values = case()
+    config = RunConfig.model_validate(
+        {
+            "name": "private",
+            "privacy": {
+                "enabled": True,
+                "epsilon": 6.0,
+                "delta": 1e-5,
+                "max_grad_norm": 0.5,
+                "declared_patients": 1000,
+                "noise_multiplier": 1.0,
+            },
+            "federation": {"rounds": 4, "validation_questions_per_site": 0},
+        }
+    )
+    tally = tally_of(320, seed=3)
+    patterns = tally.patterns.sum(0, keepdims=True)
+    nothing = np.zeros((1, 3), np.int64)
+    pooled = Tally(("all",), tally.models, patterns, tally.chance.sum(keepdims=True), nothing, nothing, 6.0)
+    evaluation = {**summarise(pooled, {"all": "all"}), "sites": 4}
+    report = privacy_report(config, {"hospital-1": 4}, 4)
+    report["cost"] = cost(config, evaluation, updates=16, sites=4, parameters=1000)
+    return {**values, "config": config, "evaluation": evaluation, "privacy": report}
+
+
+def test_the_page_of_a_private_run_says_what_epsilon_means_and_what_it_cost(tmp_path: Path) -> None:
+    values = private_case()
+    shown = Page(write_report(tmp_path / "report.html", **values).read_text()).text()
+    assert values["privacy"]["statement"] in shown
+    assert "What it cost" in shown and values["privacy"]["cost"]["sentences"][0] in shown and ALONE in shown
+    assert "the counts carry noise for privacy" in shown and "exact McNemar" not in shown
+    assert "n ≈ 320" in shown and "would have cost more of the privacy budget" in shown
+    assert "ε adds up across sites that hold the same patient" in shown
+    assert "Choosing settings by looking at several private runs is not accounted" in shown
+    reference = {"name": "plain", "paired": case()["evaluation"]["paired"]}
+    beside = Page(write_report(tmp_path / "report.html", **values, reference=reference).read_text()).text()
+    assert against(reference, values["evaluation"]) in beside and ALONE not in beside
+
+
+def test_a_reference_has_to_be_a_finished_run_without_privacy(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="evaluation.json: missing"):
+        check_reference(tmp_path)
+    (tmp_path / "evaluation.json").write_text("{}")
+    with pytest.raises(RunFolderError, match="holds no comparison"):
+        check_reference(tmp_path)
+    (tmp_path / "evaluation.json").write_text(json.dumps(case()["evaluation"]))
+    (tmp_path / "config.resolved.toml").write_text(to_toml(private_case()["config"]))
+    with pytest.raises(RunFolderError, match="expected one without"):
+        check_reference(tmp_path)
+    (tmp_path / "config.resolved.toml").write_text(to_toml(case()["config"]))
+    check_reference(tmp_path)

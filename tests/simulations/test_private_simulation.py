@@ -11,7 +11,7 @@ from wardround.client.folder import Site
 from wardround.common import plan, sums
 from wardround.common.config import RunConfig
 from wardround.common.counts import Layout, Resolution
-from wardround.common.noisy import OFFSET
+from wardround.common.noisy import OFFSET, results_noise
 from wardround.common.privacy import Event, Filter
 from wardround.common.secagg.keys import COUNTS, TEST, UPDATE
 from wardround.server.tracking import SilentProgress
@@ -109,6 +109,8 @@ def test_a_private_run_ends_with_all_its_files_and_says_what_its_results_are(who
         assert (whole.out / name).is_file(), name
     records = [json.loads(line) for line in (whole.out / "rounds.jsonl").read_text().splitlines()]
     assert [record["questions"] for record in records] == [0, 0]
+    assert whole.evaluation["noise"] == results_noise(2.0, SITES)
+    assert json.loads((whole.out / "privacy.json").read_text())["cost"]["half_interval"] > 0
 
 
 def test_two_runs_with_one_seed_have_noise_of_their_own(whole: Whole, tmp_path: Path):
