@@ -30,8 +30,15 @@ simulate.add_command(experiment)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out; a finished one is shown again.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a config key; `none` unsets it.")
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    help="A finished run without differential privacy: the report says what privacy cost beside it.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print evaluation.json instead of the table; no progress.")
-def run(config: Path, out: Path, resume: bool, overrides: tuple[str, ...], as_json: bool) -> None:
+def run(
+    config: Path, out: Path, resume: bool, overrides: tuple[str, ...], reference: Path | None, as_json: bool
+) -> None:
     """Run CONFIG (a TOML file, or the name of a shipped one) from registry to report.
 
     Writes config.resolved.toml, schema.json, rounds.jsonl, adapter/, model/, evaluation.json, report.html and
@@ -39,21 +46,32 @@ def run(config: Path, out: Path, resume: bool, overrides: tuple[str, ...], as_js
     """
     from ..common import config as configs
     from ..common.cli import limit_threads
+    from ..common.errors import ConfigError
 
     settings = configs.load_run(config, overrides)
     limit_threads(settings.speed.threads)  # before torch is imported
     from ..server.evaluate import baselines, table, verdict, without_warmup
+    from ..server.report import check_reference, refer
     from .federation import simulate
     from .progress import TerminalProgress
 
+    if reference is not None:
+        if not settings.privacy.enabled:
+            raise ConfigError("--reference: only of use to a run with differential privacy; this config has it off")
+        check_reference(reference)
     try:
         if as_json:
-            click.echo(json.dumps(simulate(settings, out, resume=resume), sort_keys=True))
+            evaluation = simulate(settings, out, resume=resume)
+            if reference is not None:
+                refer(out, reference)
+            click.echo(json.dumps(evaluation, sort_keys=True))
             return
         with TerminalProgress(settings.federation.rounds) as progress:
             evaluation = simulate(settings, out, resume=resume, progress=progress, on_step=progress.stepped)
     except KeyboardInterrupt:
         raise click.exceptions.Abort("The same command with --resume continues the run.") from None
+    if reference is not None:
+        refer(out, reference)
     if not settings.warmup.enabled:
         evaluation = without_warmup(evaluation)
     from rich.console import Console
@@ -76,3 +94,49 @@ def registry(name: str, out: Path) -> None:
 
     for path in registries.write(name, out):
         click.echo(path)
+
+
+@simulate.command(
+    epilog="Examples: wardround simulate deploy --out runs/deploy   ·   "
+    "wardround simulate deploy my-run.toml --out runs/deploy --keep"
+)
+@click.argument("config", type=click.Path(path_type=Path), default=Path("deploy-demo"))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder for everybody's folders.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a config key; `none` unsets it.")
+@click.option("--keep", is_flag=True, help="Leave coordinator and hospitals running afterwards, until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="Print evaluation.json instead of the table; no progress.")
+def deploy(config: Path, out: Path, overrides: tuple[str, ...], keep: bool, as_json: bool) -> None:
+    """Deploy a consortium for real on this machine, from nothing, and run CONFIG on it.
+
+    A coordinator and hospitals as processes of their own over TLS on loopback, set up, enrolled, started and run by the
+    very commands that docs/deployment.md gives to people; each is shown. CONFIG is a TOML file or the name of a shipped
+    one; its [simulation] says how many hospitals, and whose patients.
+    """
+    import signal
+
+    from ..common import config as configs
+    from ..server.evaluate import baselines, table, verdict, without_warmup
+    from . import deployment
+
+    settings = configs.load_run(config, overrides)
+    tell = (lambda line: click.echo(f"$ {line}", err=True)) if not as_json else (lambda _line: None)
+    with deployment.deployment(out, settings, tell) as made:
+        made.run(follow=None if as_json else lambda line: click.echo(f"    {line}", err=True))
+        evaluation = json.loads((made.run_folder / "evaluation.json").read_bytes())
+        if as_json:
+            click.echo(json.dumps(evaluation, sort_keys=True))
+        else:
+            shown = evaluation if settings.warmup.enabled else without_warmup(evaluation)
+            from rich.console import Console
+
+            Console(soft_wrap=True).print(table(shown))
+            click.echo(verdict(shown))
+            click.echo(baselines(shown))
+            for what, path in deployment.where(made):
+                click.echo(f"{what:<42} {path}")
+        if keep:
+            click.echo("running until Ctrl-C", err=True)
+            try:
+                signal.pause()
+            except KeyboardInterrupt:
+                click.echo("", err=True)
