@@ -322,8 +322,12 @@ class SiteRun:
     def language_model(self, model: GlobalModel) -> LanguageModel:
         """The shared model of this process with `model` in it."""
         from ..common.lm import models
+        from ..common.lm.packaged import find_imported
 
-        lm = models.shared(self.config.model, self.config.lora, self.config.seed)
+        config, folder = self.config.model, find_imported(model.manifest.base_digest)
+        if folder is not None:
+            config = config.model_copy(update={"id": str(folder)})
+        lm = models.shared(config, self.config.lora, self.config.seed)
         if lm.manifest.digest() != model.manifest.digest():
             raise VerificationError("adapter manifest: this site's base model or adapter is another one")
         lm.set_vector(model.full, trainable_only=False)

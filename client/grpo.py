@@ -28,7 +28,7 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -49,6 +49,7 @@ from ..common.lm.prefix import SharedPrefix, causal_model, option_log_softmax
 from ..common.lm.scoring import encode_texts, render
 from ..common.question import PromptTemplate, Question
 from ..common.seeds import derive_rng, derive_seed
+from .checkpoint import Checkpoint, Progress
 from .draws import Asked, Draws, QuestionSource
 from .grpo_loss import StepScale, exact_loss, parts_by_tokens, rows_of
 from .private_optimizer import PrivateOptimizer, PrivateSteps
@@ -69,6 +70,7 @@ def train_local_round(
     round_index: int = 1,
     private: PrivateSteps | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> LocalResult:
     """Trains from the vector that `lm` holds; afterwards `lm` holds the result.
 
@@ -84,6 +86,7 @@ def train_local_round(
         round_index: of this round, from 1; the learning rate follows from it.
         private: clip every patient's gradient and add noise; None: no privacy of single patients.
         on_step: called after every step with (steps done, steps, mean reward of the step; NaN for an empty draw).
+        checkpoint: where progress is kept, and found again by the next call; None: nowhere. The caller removes it.
 
     Raises:
         ModelError: the model cannot share a prompt among completions, its tokenizer splits option letters, or the GPU
@@ -95,10 +98,12 @@ def train_local_round(
         torch.set_num_threads(config.speed.threads)
     prepare_training(lm.model)
     engine = Engine(lm, source, template, config, seed=seed, round_index=round_index, private=private, on_step=on_step)
+    done = engine.go_on(checkpoint)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # trl asks for names that transformers has renamed
         try:
-            engine.train()
+            if done < config.grpo.local_steps:
+                engine.train()
         except torch.OutOfMemoryError:
             raise out_of_memory(engine.tokens_per_backward, engine.dearest) from None
         finally:
@@ -113,7 +118,7 @@ def train_local_round(
         reward_sum=counts.reward_sum,
         boxed=counts.boxed,
         completion_tokens=counts.completion_tokens,
-        steps=engine.state.global_step,
+        steps=done + engine.state.global_step,
         empty_draws=counts.empty_draws,
         reward_histogram=counts.histogram,
         seconds=total,
@@ -184,13 +189,57 @@ class Engine(GRPOTrainer):
         self._known: Tensor | None = None
         self._part: tuple[list[Asked], list[Completion]] = ([], [])
         self._uniform = torch.empty(0)
+        self._found: Progress | None = None
+        self.adam: torch.optim.AdamW | None = None
+
+    def go_on(self, checkpoint: Checkpoint | None) -> int:
+        """Keeps this round's progress, after going on from what is kept of it; how many steps were done before.
+
+        Called once, before `train`: the round's starting values, which beta > 0 needs, are those of `__init__`.
+        """
+        if checkpoint is None:
+            return 0
+        self.add_callback(_Keeper(self, checkpoint))
+        found = self._found = checkpoint.load()
+        if found is None:
+            return 0
+        self._put(self.trained, found.values)
+        if self.private is None:
+            self.draws.rng.bit_generator.state = found.draws or {}
+            self.sampler.set_state(torch.from_numpy(found.sampler.copy()))
+            self.counts.restore(found.counts)
+        self._step, self.draws.steps = found.steps, self.grpo.local_steps - found.steps
+        self.args.max_steps = self.draws.steps
+        return found.steps
+
+    def progress(self) -> Progress:
+        """This round after the steps done so far; between two steps only."""
+        secret = self.private is not None
+        assert self.adam is not None
+        states = [self.adam.state[parameter] for parameter in self.trained]
+        return Progress(
+            steps=self._step,
+            values=_joined(self.trained),
+            first=_joined(state["exp_avg"] for state in states),
+            second=_joined(state["exp_avg_sq"] for state in states),
+            draws=None if secret else dict(self.draws.rng.bit_generator.state),
+            sampler=np.zeros(0, np.uint8) if secret else self.sampler.get_state().numpy(),
+            counts={} if secret else self.counts.to_dict(),
+        )
+
+    @torch.no_grad()
+    def _put(self, tensors: Sequence[Tensor], vector: np.ndarray) -> None:
+        parts = np.split(vector, np.cumsum([tensor.numel() for tensor in tensors])[:-1])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(torch.from_numpy(part.copy()).view(tensor.shape))
 
     def close(self) -> None:
         """Leaves the model as evaluation wants it and drops what refers to it."""
         self.lm.model.eval()
         for parameter in self.trained:
             parameter.grad = None
-        self.optimizer = self._known = None
+        self.optimizer = self.adam = self._known = self._found = None
+        self.remove_callback(_Keeper)
         self._part, self.starting_values = ([], []), []
 
     def _forget_prepared(self, *objects: Any) -> list[None]:
@@ -207,7 +256,15 @@ class Engine(GRPOTrainer):
 
         Trainer's own sorts parameters into those that decay and those that do not: 40 ms for nothing here.
         """
-        self.optimizer = torch.optim.AdamW(self.trained, lr=self.learning_rate, weight_decay=0.0)
+        self.optimizer = adam = self.adam = torch.optim.AdamW(self.trained, lr=self.learning_rate, weight_decay=0.0)
+        if self._found is not None:
+            moments = [torch.zeros_like(parameter) for parameter in self.trained for _ in range(2)]
+            self._put(moments[::2], self._found.first)
+            self._put(moments[1::2], self._found.second)
+            for parameter, first, second in zip(self.trained, moments[::2], moments[1::2], strict=True):
+                step = torch.tensor(float(self._found.steps))  # as torch.optim has it: float32, on the CPU
+                adam.state[parameter] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+            self._found = None
         if self.private is not None:
             self.optimizer = self.private_optimizer = PrivateOptimizer(self.optimizer, self.private)
         return self.optimizer
@@ -236,7 +293,7 @@ class Engine(GRPOTrainer):
         if self.on_step is not None:
             count = self.counts.completions - before[1]
             mean = (self.counts.reward_sum - before[0]) / count if count else float("nan")
-            self.on_step(self._step, len(self.draws), mean)
+            self.on_step(self._step, self.grpo.local_steps, mean)
         return total
 
     def patient_gradients(self, loss: Tensor) -> dict[Tensor, Tensor]:
@@ -451,6 +508,23 @@ class Engine(GRPOTrainer):
         finally:
             for parameter, value in zip(self.trained, now, strict=True):
                 parameter.data = value
+
+
+class _Keeper(TrainerCallback):
+    """Saves a round's progress after a step, when it is due; the last one's comes out as the result."""
+
+    def __init__(self, engine: Engine, checkpoint: Checkpoint) -> None:
+        self.engine, self.checkpoint = engine, checkpoint
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_kwargs: Any) -> None:
+        """After the optimizer's step."""
+        if state.global_step < args.max_steps and self.checkpoint.due:
+            self.checkpoint.save(self.engine.progress())
+
+
+def _joined(tensors: Iterable[Tensor]) -> np.ndarray:
+    """Tensors as one float32 vector."""
+    return torch.cat([tensor.detach().to("cpu", torch.float32).flatten() for tensor in tensors]).numpy()
 
 
 def _arguments(config: RunConfig, folder: str, seed: int, device: torch.device) -> GRPOConfig:

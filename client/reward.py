@@ -7,7 +7,7 @@ answer is. Rewards of single patients stay at the hospital; sums and histograms 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +90,15 @@ class RoundCounts:
         self.reward_sum += float(p_truth.sum())
         self.completions += len(p_truth)
         self.completion_tokens += len(p_truth)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON values."""
+        return {**vars(self), "histogram": self.histogram.tolist()}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """The inverse of `to_dict`."""
+        vars(self).update(saved)
+        self.histogram = np.array(saved["histogram"], np.int64)
 
 
 @dataclass

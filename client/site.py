@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common import plan, sums
+from ..common.bundle import wardround_version
 from ..common.config import RunConfig
 from ..common.counts import count
 from ..common.dictionary import check_reviewed
@@ -52,6 +53,7 @@ from ..common.secagg.keys import COUNTS, TEST, UPDATE, VALIDATION
 from ..common.seeds import derive_seed
 from ..common.statistics import Tally
 from . import local_report, payload, policy, private_release, sharing, update
+from .checkpoint import Checkpoint
 from .folder import Site, SiteRun, TrainingPatients, parse_manifest, parse_schema
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from .randomness import SecureRandom
 
 EVALUATED = ("base", "warmup", "final")
+CHECKPOINT = "training.record"  # of a round under way (client/checkpoint.py)
 # Called with (site, steps done, steps) in local training; set by a process that runs sites and shows their progress.
 on_step: Callable[[str, int, int], None] | None = None
 
@@ -79,7 +82,7 @@ def warm_up(site: Site, instruction: WarmupInstruction) -> WarmupReply:
         )
     manifest = parse_manifest(instruction.manifest)
     policy.check_model(site.config.policy, manifest.base_digest)
-    if base_digest(resolve(run.config.model.id)) != manifest.base_digest:
+    if base_digest(resolve(run.config.model.id, digest=manifest.base_digest)) != manifest.base_digest:
         raise VerificationError("base model: this site's files are not those that the run names")
     model = GlobalModel(manifest, instruction.vector)
     model.verify(instruction.model_digest)
@@ -149,6 +152,7 @@ def train(site: Site, instruction: TrainInstruction) -> KeysReply:
     if stored is None:
         stored = _train(run, instruction, wanted)
         update.store(run.folder, instruction.round_index, stored)
+        (run.folder / CHECKPOINT).unlink(missing_ok=True)
     elif stored.input_digest != wanted:
         raise RefusedError(f"round {instruction.round_index}: already trained from another model, config or schema")
     advert = sharing.offer(run, UPDATE, instruction.attempt, payload.of_update(stored))
@@ -174,6 +178,9 @@ def _train(run: SiteRun, instruction: TrainInstruction, input_digest: str) -> up
     # more patient in a draw would move what all patients after it are asked, and so more of the sum than its own part.
     secret = private is not None
     seed = secrets.randbits(128) if secret else derive_seed(run.config.seed, "train", name, index)
+    # A round that a kill interrupted goes on, if all that it depends on is as it was. Who opted out since then is not
+    # in what comes out: the registry's digest is another one.
+    about = (input_digest, run.site.registry_digest, targets, wardround_version())
     result = train_local_round(
         run.language_model(model),
         source,
@@ -183,6 +190,9 @@ def _train(run: SiteRun, instruction: TrainInstruction, input_digest: str) -> up
         round_index=index,
         private=private,
         on_step=tell,
+        checkpoint=Checkpoint(
+            run.folder / CHECKPOINT, hashlib.sha256(json.dumps(about).encode()).hexdigest(), private=secret
+        ),
     )
     federation = run.config.federation
     values = {

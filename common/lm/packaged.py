@@ -2,7 +2,8 @@
 
 A model id is one of: a packaged name (`smollm2-135m`, carried as GGUF by an installed package, converted once into a
 cache folder), a local folder, or a Hugging Face id that is already in this machine's Hugging Face cache. Sites compare
-`base_digest`, so everyone has the same weights and tokenizer, wherever they came from.
+`base_digest`, so everyone has the same weights and tokenizer, wherever they came from. A model that was imported
+(`wardround client model import`) lies in the cache under its digest, and is found by it, whatever a run calls it.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -20,6 +23,7 @@ from pathlib import Path
 
 from ..errors import ModelError
 
+_DIGEST = re.compile("[0-9a-f]{64}")
 _USAGE_BASE = b"wardround base model 2\0"
 _CONVERSION = 1  # part of the folder's name: raised when the conversion below changes what it writes
 
@@ -54,17 +58,21 @@ def cache_folder(cache: Path | None = None) -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "wardround"
 
 
-def resolve(model_id: str, cache: Path | None = None) -> Path:
+def resolve(model_id: str, cache: Path | None = None, *, digest: str | None = None) -> Path:
     """The folder that `from_pretrained` loads for a model id; a packaged model is converted on first use.
 
     Args:
         model_id: packaged name, local folder, or Hugging Face id in the local cache.
         cache: folder for converted models; None: `cache_folder()`.
+        digest: `base_digest` of the model that is wanted, where it is known: one imported under it goes first. What
+            comes back may still have another digest.
 
     Raises:
         ModelError: no such model (with the command that installs it), or a folder that is no complete model, or a
             model without chat template.
     """
+    if digest is not None and (folder := find_imported(digest, cache)) is not None:
+        return folder
     if model_id in PACKAGED:
         return _converted(model_id, PACKAGED[model_id], cache_folder(cache))
     path = Path(model_id).expanduser()
@@ -74,6 +82,74 @@ def resolve(model_id: str, cache: Path | None = None) -> Path:
         raise ModelError(f"model '{model_id}': expected a folder, got a file")
     _check_folder(path, model_id)
     return path
+
+
+def _imported_folder(cache: Path | None) -> Path:
+    return cache_folder(cache) / "imported"
+
+
+def find_imported(digest: str, cache: Path | None = None) -> Path | None:
+    """The folder of the model that was imported under a digest, which may be anything: a coordinator writes it."""
+    folder = _imported_folder(cache) / digest if _DIGEST.fullmatch(digest) else None
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def imported(cache: Path | None = None) -> list[str]:
+    """Digests of the models that were imported."""
+    folder = _imported_folder(cache)
+    return sorted(one.name for one in folder.iterdir() if _DIGEST.fullmatch(one.name)) if folder.is_dir() else []
+
+
+def import_model(
+    source: Path, cache: Path | None = None, *, tell: Callable[[int, int], None] = lambda done, total: None
+) -> tuple[str, Path]:
+    """Copies a model folder into the cache under its digest; whole or not at all, and compared with the original.
+
+    Weights that are pickles, and code, are not copied: nothing here loads them.
+
+    Args:
+        source: a folder that `resolve` takes.
+        cache: `cache_folder()` where None.
+        tell: called with (bytes copied, bytes).
+
+    Returns:
+        The digest, and the folder that was made or was there.
+
+    Raises:
+        ModelError: no complete model, no disk, or the copy is not the original.
+    """
+    if not source.is_dir():
+        raise ModelError(f"{source}: expected the folder of a model (config.json, tokenizer.json, *.safetensors)")
+    _check_folder(source, str(source))
+    digest = base_digest(source, cache)
+    target = _imported_folder(cache) / digest
+    if target.is_dir() and _digest_of(target) == digest:
+        return digest, target
+    files = sorted(file for file in source.iterdir() if file.is_file() and file.suffix in _COPIED)
+    total = sum(file.stat().st_size for file in files)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+        if free < total:
+            raise ModelError(f"model cache {target.parent}: needs {total >> 20} MB of disk, {free >> 20} MB are free")
+        work = Path(tempfile.mkdtemp(prefix=f".{digest[:12]}-", dir=target.parent))
+    except OSError as error:
+        raise ModelError(f"model cache {target.parent}: cannot be written ({error.strerror})") from None
+    try:
+        done = 0
+        for file in files:
+            with file.open("rb") as original, (work / file.name).open("wb") as copy:
+                while part := original.read(_COPY_BYTES):
+                    copy.write(part)
+                    done += len(part)
+                    tell(done, total)
+        if _digest_of(work) != digest:
+            raise ModelError(f"{source}: changed while it was copied, or the disk is damaged: import it again")
+        shutil.rmtree(target, ignore_errors=True)
+        work.rename(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return digest, target
 
 
 def _hub_snapshot(model_id: str) -> Path:
@@ -178,6 +254,11 @@ _SETTINGS = {
 }
 
 
+# Of an imported model: weights without pickle, settings, tokenizer; neither code nor other formats of the weights.
+_COPIED = frozenset({".safetensors", ".json", ".jinja", ".txt", ".model"})
+_COPY_BYTES = 16 << 20
+
+
 def base_digest(folder: Path, cache: Path | None = None) -> str:
     """SHA-256 hex over all of a model folder that decides what it computes and how it is asked.
 
@@ -185,8 +266,7 @@ def base_digest(folder: Path, cache: Path | None = None) -> str:
     count without what names a version or a place; the digest is remembered in the cache folder by the files' sizes and
     modification times, because 28 GB take a minute to hash.
     """
-    optional = [folder / name for name in (*_SETTINGS, "chat_template.jinja") if (folder / name).exists()]
-    files = [folder / "config.json", *weight_files(folder), folder / "tokenizer.json", *optional]
+    files = _counted_files(folder)
     stamp = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
     memory = cache_folder(cache) / "digests" / f"{key}.json"
@@ -196,8 +276,20 @@ def base_digest(folder: Path, cache: Path | None = None) -> str:
             return str(known["digest"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # never computed, or not ours: compute it
+    digest = _digest_of(folder)
+    _remember(memory, json.dumps({"digest": digest, "stamp": stamp}))
+    return digest
+
+
+def _counted_files(folder: Path) -> list[Path]:
+    optional = [folder / name for name in (*_SETTINGS, "chat_template.jinja") if (folder / name).exists()]
+    return [folder / "config.json", *weight_files(folder), folder / "tokenizer.json", *optional]
+
+
+def _digest_of(folder: Path) -> str:
+    """`base_digest`, computed now."""
     state = hashlib.sha256(_USAGE_BASE)
-    for file in files:
+    for file in _counted_files(folder):
         if file.name in ("config.json", *_SETTINGS):
             config = json.loads(file.read_text(encoding="utf-8"))
             kept = _SETTINGS.get(file.name)
@@ -207,9 +299,7 @@ def base_digest(folder: Path, cache: Path | None = None) -> str:
             with file.open("rb") as stream:
                 content = hashlib.file_digest(stream, "sha256").digest()
         state.update(file.name.encode() + b"\0" + content)
-    digest = state.hexdigest()
-    _remember(memory, json.dumps({"digest": digest, "stamp": stamp}))
-    return digest
+    return state.hexdigest()
 
 
 def _remember(path: Path, text: str) -> None:
