@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .deploy_cli import COMMANDS, check_site
 from .identity_cli import card, roster, rotate
 from .ledger_cli import ledger
 from .policy_cli import policy
@@ -35,7 +36,7 @@ def client() -> None:
     """One hospital: its registry, dictionary and questions; the final model it gets from a run."""
 
 
-for command in (card, roster, rotate, ledger, policy):
+for command in (*COMMANDS, card, roster, rotate, ledger, policy):
     client.add_command(command)
 
 
@@ -66,27 +67,37 @@ def _console() -> Console:
 
 
 @client.command(
-    epilog="Example: wardround client check icu.csv dictionary.toml --site site.toml   ·   "
-    "DICTIONARY may be the name of a shipped one: support_icu, smart, copenhagen_stroke"
+    epilog="Example: wardround client check   ·   wardround client check icu.csv dictionary.toml --site site.toml   "
+    "·   DICTIONARY may be the name of a shipped one: support_icu, smart, copenhagen_stroke"
 )
-@click.argument("table", type=_PATH)
-@click.argument("dictionary", type=_PATH)
+@click.argument("table", type=_PATH, required=False)
+@click.argument("dictionary", type=_PATH, required=False)
 @click.option("--site", type=_PATH, default=None, help=_SITE_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def check(table: Path, dictionary: Path, site: Path | None, as_json: bool) -> None:
-    """Check TABLE (CSV, TSV or Parquet) against DICTIONARY and print its data quality.
+def check(table: Path | None, dictionary: Path | None, site: Path | None, as_json: bool) -> None:
+    """Check this hospital's whole setup, or TABLE (CSV, TSV or Parquet) against DICTIONARY.
 
-    Exit 0 when clean. Direct identifiers, features that look like outcomes, levels that the dictionary does not know,
-    missing or constant columns and wrong units end with exit 2 and a line each. No patient's value is printed, only
-    columns and rows. With --site, how many patients on its list opted out, and how many ids on it are not in TABLE.
+    Without arguments: registry, policy, keys, ledger, roster, versions, network, clock, disk, GPU and base model of
+    site.toml, a line each with what to do; exit 1 where one is wrong.
+
+    With both: the table's data quality. Exit 0 when clean. Direct identifiers, features that look like outcomes, levels
+    that the dictionary does not know, missing or constant columns and wrong units end with exit 2 and a line each. No
+    patient's value is printed, only columns and rows. With --site, how many patients on its list opted out, and how
+    many ids on it are not in TABLE.
     """
     from ..common.config import load_site
     from ..common.dictionary import load_dictionary
+    from ..common.errors import ConfigError
     from .opt_out import NOBODY
     from .policy import check_targets
     from .quality import assess
     from .registry import describe_mapping, read_registry
 
+    if table is None:
+        check_site(site or Path("site.toml"), as_json)
+        return
+    if dictionary is None:
+        raise ConfigError(f"{table}: expected its DICTIONARY as well, or neither: then this site is checked")
     described, mapping = load_dictionary(dictionary), _mapping(site)
     if site is not None:
         check_targets(load_site(site).policy, described)

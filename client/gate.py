@@ -46,6 +46,7 @@ from .identity import SiteKeys
 from .ledger import LedgerError
 
 Wire = tuple[bytes, dict[str, bytes]]
+BUNDLE = "bundle"  # code of a message that came with another bundle than the pinned one
 
 WORK: dict[type[Instruction], Callable[[Site, Any], Reply]] = {
     WarmupInstruction: site.warm_up,
@@ -86,6 +87,32 @@ def respond(site_toml: Path, kind: type[Instruction], head: bytes, vectors: Mapp
         with suppress(OSError):
             _log(here, kind, f"nothing leaves: {type(error).__name__}: {error}")
         raise
+
+
+def refuse_bundle(site_toml: Path, phase: str, bundle: str) -> None:
+    """Records that a message was not looked at, because another bundle came with it than the pinned one.
+
+    Args:
+        site_toml: this site.
+        phase: the message's route, as the coordinator wrote it.
+        bundle: SHA-256 of what came, hexadecimal.
+
+    Raises:
+        OSError, WardroundError: as `respond`; then not even that may be said.
+    """
+    here = Site.open(site_toml)
+    here.ledger.check()
+    known = {kind.ROUTE for kind in WORK}
+    here.ledger.append(
+        "refusal",
+        run_id="invalid",  # what the message says is not read
+        round_index=0,
+        phase=phase if phase in known else "",
+        purpose=f"{policy.PURPOSE[Failure]}: another bundle than the pinned one came",
+        size_bytes=0,
+        sha256=bundle,
+        code=BUNDLE,
+    )
 
 
 def _respond(here: Site, kind: type[Instruction], head: bytes, vectors: Mapping[str, bytes | memoryview]) -> Wire:

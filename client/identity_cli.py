@@ -28,7 +28,7 @@ _site = click.option(
 
 
 @contextmanager
-def _mismatch_is_an_answer() -> Iterator[None]:
+def mismatch_is_an_answer() -> Iterator[None]:
     """A wrong signature or digest ends these commands with its line and exit 2: they were asked, they did not fail."""
     from ..common.errors import UserError, VerificationError
 
@@ -119,7 +119,7 @@ def rotate(site: Path, out: Path | None, finish: bool) -> None:
     if finish:
         if out is not None:
             raise ConfigError("--out: expected only without --finish, which writes no card")
-        with _mismatch_is_an_answer():
+        with mismatch_is_an_answer():
             now = keys.finish_rotation()
         click.echo(f"{keys.config.name}\n{now.fingerprint}\nin use from now on: {keys.path}")
         return
@@ -159,10 +159,10 @@ def pin(file: Path, site: Path, coordinator: str | None) -> None:
 
     keys = SiteKeys.open(site)
     settings = keys.config.identity
-    with _mismatch_is_an_answer():
+    with mismatch_is_an_answer():
         offered = read_roster(file)
         if coordinator is not None:
-            _check_coordinator(offered, coordinator)
+            check_coordinator(offered, coordinator)
         own, following = keys.load(), keys.next()
         mine = _own_member(offered, own, following)
         check_name_on(offered, mine, keys.config.name)
@@ -176,8 +176,8 @@ def pin(file: Path, site: Path, coordinator: str | None) -> None:
                     "back, or take roster_digest out of site.toml to start from nothing"
                 ) from None
             offered.check_follows(before, coordinator)
-    kept = _keep(keys.folder, offered)
-    for line in _lines(offered, mine, settings.verified):
+    kept = keep_roster(keys.folder, offered)
+    for line in roster_lines(offered, mine, settings.verified):
         click.echo(line)
     if before is None:
         told = "is the one you named" if coordinator is not None else "is to be compared by telephone"
@@ -210,7 +210,7 @@ def _print_settings(intro: str, site: Path, settings: Mapping[str, str]) -> None
         click.echo(f"{key} = {value}")
 
 
-def _check_coordinator(offered: Roster, expected: str) -> None:
+def check_coordinator(offered: Roster, expected: str) -> None:
     from ..common.config import plain_fingerprint
     from ..common.errors import ConfigError, VerificationError
     from ..common.identity import fingerprint
@@ -238,7 +238,7 @@ def _own_member(offered: Roster, own: Identity, following: Identity | None) -> b
     )
 
 
-def _keep(folder: Path, offered: Roster) -> Path:
+def keep_roster(folder: Path, offered: Roster) -> Path:
     """The roster under its serial, which is never given to another one."""
     from ..common.errors import UserError, WardroundError
     from ..common.key_file import write_once
@@ -260,7 +260,7 @@ def _keep(folder: Path, offered: Roster) -> Path:
     return path
 
 
-def _lines(shown: Roster, own: bytes, verified: tuple[str, ...]) -> list[str]:
+def roster_lines(shown: Roster, own: bytes, verified: tuple[str, ...]) -> list[str]:
     """A roster with what this site knows of each member, and what in its list of fingerprints is of no use."""
     from ..common.config import plain_fingerprint
     from ..common.roster import describe
@@ -300,7 +300,7 @@ def verify_command(fingerprint: tuple[str, ...], site: Path) -> None:
     from .identity import SiteKeys
 
     keys = SiteKeys.open(site)
-    with _mismatch_is_an_answer():
+    with mismatch_is_an_answer():
         pinned = keys.roster()
         found = pinned.with_fingerprint(" ".join(fingerprint))
         own = keys.load().id
@@ -328,11 +328,11 @@ def show_roster(site: Path, as_json: bool) -> None:
     from .identity import SiteKeys
 
     keys = SiteKeys.open(site)
-    with _mismatch_is_an_answer():
+    with mismatch_is_an_answer():
         members = keys.members(keys.load().id)
     if not as_json:
         policy = keys.config.policy
-        for line in _lines(members.roster, members.own, keys.config.identity.verified):
+        for line in roster_lines(members.roster, members.own, keys.config.identity.verified):
             click.echo(line)
         click.echo(
             f"{len(members.verified)} of {len(members.active)} active members verified; this site's policy wants "
