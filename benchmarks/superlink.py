@@ -59,34 +59,29 @@ def settings(model: Path, rank: int) -> dict[str, Any]:
 
 def one_run(name: str, folder: Path) -> dict[str, Any]:
     """One size, over a deployment that is started for it and ended after it."""
-    from wardround.common.config import RunConfig, to_toml
+    from wardround.common.config import RunConfig
     from wardround.common.messages import MaskedReply, dtypes_of
-    from wardround.simulations.federation import COORDINATOR, PASSPHRASE, ROSTER, divide, load_registry, write_sites
+    from wardround.simulations.federation import divide, load_registry, write_sites
 
-    from tests.server.superlink_case import COMPONENTS, deployment, write_bundle
+    from tests.server.superlink_case import deployment, write_bundle, write_coordinator
     from tests.tiny import tiny_model
 
     hidden, rank = SIZES[name]
     config = RunConfig.model_validate(settings(tiny_model(folder / "model", hidden=hidden), rank))
-    (folder / "run.toml").write_text(to_toml(config), encoding="utf-8")
     registry = load_registry(config)
     write_sites(registry, divide(registry, config), config, folder / "sites")
     sites = sorted((folder / "sites").glob("*/site.toml"))
-    paths = {
-        "config": str(folder / "run.toml"),
-        "dictionary": str(sites[0].parent / "dictionary.toml"),
-        "roster": str(folder / "sites" / ROSTER),
-        "key": str(folder / "sites" / COORDINATOR),
-        "passphrase-file": str(folder / "sites" / PASSPHRASE),
-        "out": str(folder / "run"),
-    }
+    coordinator = write_coordinator(folder / "coordinator", config, folder / "sites")
     before, used = os.getloadavg()[0], _processor_s()
-    with deployment(folder / "flower", sites, PYTHONPATH=str(Path(__file__).resolve().parent)) as running:
-        bundle = write_bundle(folder / "bundle", {**COMPONENTS, "serverapp": "superlink_app:app"})
-        status = running.wait_for_run(running.submit(bundle, paths), timeout_s=1800)
+    here = str(Path(__file__).resolve().parent)
+    with deployment(folder / "flower", sites, coordinator, PYTHONPATH=here) as running:
+        bundle = write_bundle(folder / "bundle", "superlink_app:app")
+        status = running.wait_for_run(running.submit(bundle, {"run": config.name}), timeout_s=1800)
         if status != "finished:completed":
             raise RuntimeError(f"{status}\n{running.logs()}")
-    exchanges = [json.loads(line) for line in (folder / "exchanges.jsonl").read_text().splitlines()]
+    exchanges = [
+        json.loads(line) for line in (coordinator.run(config.name) / "exchanges.jsonl").read_text().splitlines()
+    ]
     ready = _ledger_times(sites)
     for line in exchanges:
         if any(line["codes"]):

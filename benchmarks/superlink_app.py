@@ -1,11 +1,13 @@
 """The coordinator's app of benchmarks/superlink.py: a run as it is, each exchange timed, over after its first update.
 
-Loaded by Flower's ServerApp process, so a module of its own. Writes a JSON line an exchange to OUT/exchanges.jsonl.
+Loaded by Flower's ServerApp process, so a module of its own. Writes a JSON line an exchange to exchanges.jsonl in the
+run's folder.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,12 +15,11 @@ from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from wardround.common.config import load_run
-from wardround.common.dictionary import load_dictionary
 from wardround.common.messages import EvaluateInstruction, Instruction
-from wardround.common.roster import Roster
 from wardround.server.aggregation import SecureSums
 from wardround.server.app import FlowerExchange, read_coordinator
+from wardround.server.coordinator import ENVIRONMENT, CoordinatorFolder
+from wardround.server.deployment import submitted
 from wardround.server.journal import open_journal
 from wardround.server.phases import Answer
 from wardround.server.receipts import Receipts
@@ -63,18 +64,18 @@ class TimedExchange(FlowerExchange):
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """As wardround.server.app.main."""
-    paths = {name: Path(str(context.run_config[name])) for name in ("config", "dictionary", "roster", "out")}
-    config, dictionary = load_run(paths["config"]), load_dictionary(paths["dictionary"])
-    roster = Roster.parse(paths["roster"].read_bytes(), "roster")
-    identity = read_coordinator(context.run_config, roster)
-    with open_journal(paths["out"], config, resume=False) as journal, Receipts.open(journal, identity) as receipts:
-        exchange = TimedExchange(grid, config.federation.phase_timeout_s, paths["out"].parent / "exchanges.jsonl")
+    folder = CoordinatorFolder.open(Path(os.environ[ENVIRONMENT]))
+    inputs, roster = submitted(folder, str(context.run_config["run"])), folder.roster()
+    assert roster is not None
+    config, out, identity = inputs.config, inputs.out, read_coordinator(folder, roster)
+    with open_journal(out, config, resume=False) as journal, Receipts.open(journal, identity) as receipts:
+        exchange = TimedExchange(grid, config.federation.phase_timeout_s, out / "exchanges.jsonl")
         try:
             run_all(
                 exchange,
                 config,
-                dictionary,
-                paths["out"],
+                inputs.dictionary,
+                out,
                 journal,
                 make_sums=lambda consortium: SecureSums(consortium, roster),
                 split_key=None,

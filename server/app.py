@@ -17,18 +17,22 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from ..common.config import RunConfig, load_run
-from ..common.dictionary import Dictionary, check_reviewed, load_dictionary
-from ..common.errors import ConfigError, ProtocolError
+from ..common.config import RunConfig
+from ..common.dictionary import Dictionary
+from ..common.errors import ConfigError, ProtocolError, WardroundError
 from ..common.identity import Identity, fingerprint
 from ..common.key_file import passphrase, read_key
 from ..common.messages import HEAD_RECORD, VECTOR_RECORD, Failure, Instruction, Packed, Reply, dtypes_of, join, split
 from ..common.roster import Roster
 from .aggregation import SecureSums, Sums
+from .coordinator import ENVIRONMENT, CoordinatorFolder
+from .deployment import submitted
 from .journal import Journal, open_journal
 from .phases import Answer, Consortium
 from .receipts import Receipts
+from .roster_cli import KEY_FILE
 from .run import run_all
+from .run_status import RunStatus, refuse
 from .tracking import Progress, SilentProgress
 
 STYPE = "wardround.raw"  # as in client/app.py
@@ -150,52 +154,67 @@ def run(
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Entry under Flower: `run_config` names config, dictionary, roster, the coordinator's key and run folder here.
+    """Entry under Flower: run config names a run of the coordinator's folder, which WARDROUND_COORDINATOR names.
 
-    The key's passphrase is in WARDROUND_PASSPHRASE, or in the file that `passphrase-file` names.
+    Nothing else is in it, for Flower shows it to every site. Config and dictionary are in the run's folder (`wardround
+    server run` puts them there), roster and key in the coordinator's. The key's passphrase is in WARDROUND_PASSPHRASE,
+    or in the file that `passphrase_file` in coordinator.toml names.
     """
-    settings = context.run_config
-    for key in ("config", "dictionary", "roster", "key", "out"):
-        if not isinstance(settings.get(key), str):
-            raise ConfigError(f"run config: expected '{key}', a path")
-    config, out = load_run(Path(str(settings["config"]))), Path(str(settings["out"]))
-    dictionary = load_dictionary(Path(str(settings["dictionary"])))
-    if config.privacy.enabled:
-        check_reviewed(dictionary)
-    if config.federation.secure_aggregation != "bonawitz":
-        raise ConfigError("federation.secure_aggregation = 'none': only a simulation adds up in the clear")
-    file = Path(str(settings["roster"]))
-    roster = Roster.parse(file.read_bytes(), str(file))
-    identity = read_coordinator(settings, roster)
-    with open_journal(out, config, resume=bool(settings.get("resume", False))) as journal:
-        run(
-            grid,
-            config,
-            dictionary,
-            out,
-            journal,
-            make_sums=lambda consortium: SecureSums(consortium, roster),
-            identity=identity,
-        )
+    name = context.run_config.get("run")
+    if not isinstance(name, str):
+        raise ConfigError("run config: expected 'run', the name of a run of this coordinator")
+    where = os.environ.get(ENVIRONMENT)
+    if not where:
+        raise ConfigError(f"{ENVIRONMENT} is not set: a run is started with `wardround server run`")
+    folder = CoordinatorFolder.open(Path(where))
+    resume = bool(context.run_config.get("resume", False))
+    try:
+        inputs = submitted(folder, name)
+        config, out = inputs.config, inputs.out
+        roster = folder.roster()
+        if roster is None:
+            raise ConfigError(f"{folder.path}: nobody is enrolled yet")
+        identity = read_coordinator(folder, roster)
+        opened = open_journal(out, config, resume=resume)
+    except WardroundError as error:
+        if folder.run(name).is_dir():
+            refuse(folder.run(name), context.run_id, error)
+        raise
+    with opened as journal:
+        # From here on it is this process that works on the run: what it says of it counts.
+        status = RunStatus(out, config, context.run_id)
+        try:
+            run(
+                grid,
+                config,
+                inputs.dictionary,
+                out,
+                journal,
+                make_sums=lambda consortium: SecureSums(consortium, roster),
+                identity=identity,
+                progress=status,
+            )
+        except BaseException as error:
+            status.end(error)
+            raise
+        status.end(None)
 
 
-def read_coordinator(settings: Mapping[str, Any], roster: Roster) -> Identity:
-    """The coordinator's identity, from what the run config names.
+def read_coordinator(folder: CoordinatorFolder, roster: Roster) -> Identity:
+    """The coordinator's identity.
 
     Args:
-        settings: "key", as `wardround server roster make` wrote it; "passphrase-file", unless WARDROUND_PASSPHRASE is
-            set.
+        folder: with coordinator.pem, as `wardround server init` wrote it.
         roster: which it must have signed, else no site would take its receipts.
 
     Raises:
         ConfigError: the key cannot be opened; it is another coordinator's.
     """
-    named = settings.get("passphrase-file")
-    secret = passphrase(Path(str(named)) if named else None, os.environ, "passphrase-file")
-    identity = read_key(Path(str(settings["key"])), secret)
+    path = folder.path / KEY_FILE
+    identity = read_key(path, passphrase(folder.passphrase_file, os.environ, "passphrase_file"))
     if identity.id != roster.coordinator:
         raise ConfigError(
-            f"{settings['key']}: the key of {identity.fingerprint}, and the roster is signed by "
+            f"{path}: the key of {identity.fingerprint}, and the roster is signed by "
             f"{fingerprint(roster.coordinator)}: expected its key"
         )
     return identity

@@ -152,7 +152,7 @@ def check_server(folder: Path, host: str) -> Validity:
         ConfigError: it is missing, ended, not yet valid, for another host, of another authority, or not of its key.
     """
     path = folder / "server.pem"
-    found, remedy = validity(path), f"call `wardround server renew {folder.parent}`"
+    found, remedy = validity(path), "call `wardround server renew`"
     certificate, now = _certificate(path), datetime.now(UTC)
     if not found.begins <= now < found.ends:
         raise ConfigError(

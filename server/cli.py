@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from .deploy_cli import COMMANDS
 from .receipts_cli import receipts
 from .roster_cli import roster
 
@@ -15,10 +16,10 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 @click.group(context_settings=_SETTINGS)
 def server() -> None:
-    """The coordinator: public warm-up, rounds, final model, report."""
+    """The coordinator: enrolment, rounds over the network, final model, report."""
 
 
-for command in (roster, receipts):
+for command in (*COMMANDS, roster, receipts):
     server.add_command(command)
 
 

@@ -35,6 +35,7 @@ from ..common.errors import ConfigError, RunFolderError
 from ..common.files import private_folder, write_atomic
 from ..common.key_file import read_secret, write_once
 from ..common.roster import Roster
+from .roster_cli import newest, serials
 
 ENVIRONMENT = "WARDROUND_COORDINATOR"  # where a ServerApp finds this folder: no path of it travels in a run's config
 CONTROL_HEADER = "x-wardround-control"
@@ -147,8 +148,7 @@ class CoordinatorFolder:
 
     def roster(self) -> Roster | None:
         """The newest roster, signature checked; None before the first."""
-        file = self.path / "roster.json"
-        return Roster.parse(file.read_bytes(), str(file)) if file.is_file() else None
+        return newest(self.path) if serials(self.path) else None
 
     def applications(self) -> dict[str, Application]:
         """Every hospital's application that was enrolled, by its name, signatures checked."""

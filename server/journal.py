@@ -39,6 +39,9 @@ from ..common.errors import RunFolderError, VerificationError
 from ..common.files import Record, check_writable, read_record, sweep, sync_folder, write_atomic, write_record
 from ..common.question import load_prompt
 
+# What a run folder may hold before the run begins: its config and dictionary as they were submitted.
+INPUTS = ("run.toml", "dictionary.toml")
+_BEFORE = frozenset({"journal", "progress.json", "wanted.json", *INPUTS})
 _RUN, _LOSSES = "run", "losses"
 _REPEATABLE = ("warmup", "finalize", _LOSSES)  # phases that are no sum, and from which none was made
 
@@ -131,7 +134,7 @@ def check_folder(out: Path, config: RunConfig, resume: bool) -> bool:
     path = out / "journal" / f"{_RUN}.record"
     if not path.exists():
         # A kill before the first write leaves the folders and the lock: that is still nobody's run.
-        left = [item.name for item in out.iterdir() if item.name != "journal"] if out.exists() else []
+        left = [item.name for item in out.iterdir() if item.name not in _BEFORE] if out.exists() else []
         if left:
             raise RunFolderError(f"{out}: holds '{sorted(left)[0]}' and no run of wardround; choose a new folder")
         check_writable(out)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..common.roster import Roster
 
 _PATH = click.Path(path_type=Path)
-_KEY = "coordinator.pem"
+KEY_FILE = "coordinator.pem"
 _ROSTER = re.compile(r"roster-([1-9][0-9]{0,15})\.json")
 _passphrase_file = click.option(
     "--passphrase-file",
@@ -42,7 +42,7 @@ def roster() -> None:
 
 
 @contextmanager
-def _mismatch_is_an_answer() -> Iterator[None]:
+def mismatch_is_an_answer() -> Iterator[None]:
     """A wrong signature ends these commands with its line and exit 2: they were asked, they have not failed."""
     from ..common.errors import UserError, VerificationError
 
@@ -73,14 +73,14 @@ def make(folder: Path, cards: tuple[Path, ...], consortium: str, passphrase_file
     from ..common.roster import Roster
     from ..common.secagg.keys import MIN_MEMBERS
 
-    if _serials(folder):
+    if serials(folder):
         raise RunFolderError(f"{folder}: has a roster already: call `wardround server roster add` to change it")
-    with _mismatch_is_an_answer():
+    with mismatch_is_an_answer():
         read = _read_cards(cards)
         check_writable(folder)
         # Nothing is written before everything that can be refused was looked at.
-        known = os.path.lexists(folder / _KEY)
-        coordinator = _key(folder, passphrase_file) if known else Identity.generate()
+        known = os.path.lexists(folder / KEY_FILE)
+        coordinator = open_key(folder, passphrase_file) if known else Identity.generate()
         signed = Roster.first(coordinator, consortium, read)
         if len(signed.members) < MIN_MEMBERS:
             raise ConfigError(
@@ -89,8 +89,8 @@ def make(folder: Path, cards: tuple[Path, ...], consortium: str, passphrase_file
             )
         if not known:
             locked = coordinator.lock(passphrase(passphrase_file, os.environ, "--passphrase-file"))
-            _write_key(private_folder(folder), locked)
-        _publish(folder, signed)
+            write_key(private_folder(folder), locked)
+        publish(folder, signed)
 
 
 @roster.command(epilog="Example: wardround server roster add coordinator west.card.json")
@@ -103,10 +103,10 @@ def add(folder: Path, cards: tuple[Path, ...], passphrase_file: Path | None) -> 
     The card of a rotation is signed by the old and the new key, and takes the old one's place. Every hospital has to
     pin the new roster, and to verify the new fingerprints.
     """
-    with _mismatch_is_an_answer():
+    with mismatch_is_an_answer():
         read = _read_cards(cards)
-        before = _newest(folder)
-        _publish(folder, before.adding(_key(folder, passphrase_file), read), before)
+        before = newest(folder)
+        publish(folder, before.adding(open_key(folder, passphrase_file), read), before)
 
 
 @roster.command(epilog="Example: wardround server roster revoke coordinator west")
@@ -118,9 +118,15 @@ def revoke(folder: Path, name: str, passphrase_file: Path | None) -> None:
 
     It counts at each hospital once that hospital has pinned the new roster: send it to all of them at once.
     """
-    with _mismatch_is_an_answer():
-        before = _newest(folder)
-        _publish(folder, before.revoking(_key(folder, passphrase_file), name), before)
+    with mismatch_is_an_answer():
+        before = newest(folder)
+        publish(folder, before.revoking(open_key(folder, passphrase_file), name), before)
+    if (folder / "coordinator.toml").is_file():
+        from .coordinator import CoordinatorFolder
+        from .deployment import tell_nodes
+
+        for line in tell_nodes(CoordinatorFolder.open(folder)):
+            click.echo(line)
 
 
 def _read_cards(paths: tuple[Path, ...]) -> list[Card]:
@@ -139,19 +145,19 @@ def _read_cards(paths: tuple[Path, ...]) -> list[Card]:
     return read
 
 
-def _key(folder: Path, passphrase_file: Path | None) -> Identity:
+def open_key(folder: Path, passphrase_file: Path | None) -> Identity:
     """The coordinator's key."""
     from ..common.key_file import passphrase, read_key
 
-    return read_key(folder / _KEY, passphrase(passphrase_file, os.environ, "--passphrase-file"))
+    return read_key(folder / KEY_FILE, passphrase(passphrase_file, os.environ, "--passphrase-file"))
 
 
-def _write_key(folder: Path, locked: bytes) -> None:
+def write_key(folder: Path, locked: bytes) -> None:
     """Writes a new key, encrypted; one that is there is never replaced."""
     from ..common.errors import ConfigError
     from ..common.key_file import write_once
 
-    path = folder / _KEY
+    path = folder / KEY_FILE
     try:
         write_once(path, locked, 0o600)
     except FileExistsError:
@@ -159,7 +165,7 @@ def _write_key(folder: Path, locked: bytes) -> None:
     click.echo(f"made the coordinator's key: {path}", err=True)
 
 
-def _serials(folder: Path) -> dict[int, Path]:
+def serials(folder: Path) -> dict[int, Path]:
     """Every signed roster by its serial."""
     if not folder.is_dir():
         return {}
@@ -167,12 +173,12 @@ def _serials(folder: Path) -> dict[int, Path]:
     return {int(match[1]): path for match, path in found if match}
 
 
-def _newest(folder: Path) -> Roster:
+def newest(folder: Path) -> Roster:
     """The roster that the next one follows."""
     from ..common.errors import RunFolderError
     from ..common.roster import Roster
 
-    signed = _serials(folder)
+    signed = serials(folder)
     if not signed:
         raise RunFolderError(f"{folder}: no roster here: call `wardround server roster make` first")
     path = signed[max(signed)]
@@ -182,7 +188,12 @@ def _newest(folder: Path) -> Roster:
     return found
 
 
-def _publish(folder: Path, signed: Roster, before: Roster | None = None) -> None:
+def publish(folder: Path, signed: Roster, before: Roster | None = None) -> None:
+    """Writes a signed roster under its serial and as the newest, and prints it.
+
+    Raises:
+        RunFolderError: another process signed this serial just now.
+    """
     from ..common.errors import RunFolderError
     from ..common.files import write_atomic
     from ..common.key_file import write_once

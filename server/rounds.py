@@ -76,7 +76,7 @@ class Rounds:
             QuorumError: too few sites in a phase; resume continues with that phase.
         """
         federation, progress = self.config.federation, self.consortium.progress
-        state, done = self._restored()
+        state, done = self.restored()
         for record in self.finished_records():
             progress.round_done(record, federation.rounds)
         for index in range(done + 1, federation.rounds + 1):
@@ -92,7 +92,7 @@ class Rounds:
                     self.journal.drop(round_phase(old, "apply"))
         return state
 
-    def _restored(self) -> tuple[State, int]:
+    def restored(self) -> tuple[State, int]:
         """The state after the last complete round, and its index; 0 before the first."""
         best, verdict, done = Best(0, self.baseline()), "best", 0
         while self.journal.has(round_phase(done + 1, "validate")):

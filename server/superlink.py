@@ -224,7 +224,8 @@ def check_database(path: Path) -> Path | None:
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise BusyError(f"{path}: another process has it locked; trying again") from None
-        raise ConfigError(f"{path}: cannot be opened: {error}") from None
+        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_IOERR:  # such as a file that was cut
+            raise ConfigError(f"{path}: cannot be opened: {error}") from None
     except sqlite3.DatabaseError:
         pass
     aside = path.with_name(f"{path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S}")
@@ -289,7 +290,9 @@ def _protocol() -> type:
     """uvicorn's, with a limit on how long a connection may be without a whole request."""
     from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-    class Patient(AutoHTTPProtocol):  # pyright: ignore[reportGeneralTypeIssues, reportUntypedBaseClass]
+    base: Any = AutoHTTPProtocol
+
+    class Patient(base):
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self._seen: object = self  # of no request

@@ -14,7 +14,7 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
 from wardround.client.folder import Site
 from wardround.common.cli import main
-from wardround.common.config import RunConfig, read_toml, to_toml
+from wardround.common.config import CoordinatorConfig, RunConfig, read_toml, to_toml
 from wardround.common.dictionary import (
     Dictionary,
     check_reviewed,
@@ -27,6 +27,8 @@ from wardround.common.global_model import GlobalModel
 from wardround.common.lm import models
 from wardround.common.messages import CountInstruction, Failure, KeysReply, Reply, WarmupInstruction, WarmupReply
 from wardround.server import app as server
+from wardround.server.coordinator import ENVIRONMENT, CoordinatorFolder, create
+from wardround.server.deployment import submit
 from wardround.simulations.federation import simulate, write_sites
 from wardround.simulations.synthetic_registry import make
 
@@ -154,14 +156,25 @@ class NoGrid(Grid):
     set_run = create_message = get_node_ids = push_messages = pull_messages = send_and_receive = _none
 
 
-def test_the_coordinator_refuses_a_draft_before_it_asks_anybody(tmp_path: Path, tiny_model_path: Path):
-    (tmp_path / "run.toml").write_text(to_toml(run_of(tiny_model_path, PRIVATE)))
+def test_the_coordinator_refuses_a_draft_before_it_asks_anybody(
+    tmp_path: Path, tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = run_of(tiny_model_path, PRIVATE)
+    text = "consortium = 'c'\naddress = '127.0.0.1:9092'\n"
+    create(tmp_path / "c", CoordinatorConfig(consortium="c", address="127.0.0.1:9092"), text)
+    folder = CoordinatorFolder.open(tmp_path / "c")
     (tmp_path / "draft.toml").write_text(dump_dictionary(DRAFT))
-    paths = {name: str(tmp_path / "none") for name in ("roster", "key")}
-    paths |= {"config": str(tmp_path / "run.toml"), "dictionary": str(tmp_path / "draft.toml")}
     with pytest.raises(DictionaryError, match=SAID):
-        server.main(NoGrid(), Context(0, 1, {}, RecordDict(), {**paths, "out": str(tmp_path / "run")}))
-    assert not (tmp_path / "run").exists()
+        submit(folder, config, tmp_path / "draft.toml")
+    out = folder.run(config.name)
+    assert not out.exists()
+    out.mkdir(parents=True)  # as if somebody had put it there
+    (out / "run.toml").write_text(to_toml(config))
+    (out / "dictionary.toml").write_text(dump_dictionary(DRAFT))
+    monkeypatch.setenv(ENVIRONMENT, str(folder.path))
+    with pytest.raises(DictionaryError, match=SAID):
+        server.main(NoGrid(), Context(0, 1, {}, RecordDict(), {"run": config.name}))
+    assert not (out / "journal").exists()
 
 
 def exit_code(*arguments: object) -> int:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,28 +24,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import tomli_w
+from wardround.common import bundle
+from wardround.common.config import CoordinatorConfig, RunConfig
+from wardround.common.roster import Roster
+from wardround.server.coordinator import ENVIRONMENT, CoordinatorFolder, create
+from wardround.server.deployment import submit
+from wardround.server.roster_cli import KEY_FILE
+from wardround.simulations.federation import COORDINATOR, PASSPHRASE, ROSTER
+
 BIN = Path(sysconfig.get_path("scripts"))
 COMMANDS = ("flower-superlink", "flower-supernode", "flower-superexec", "flwr-serverapp", "flwr-clientapp", "flwr")
-COMPONENTS = {"serverapp": "wardround.server.app:app", "clientapp": "wardround.client.app:app"}
-_BUNDLE = """
-[project]
-name = "wardround-bundle"
-version = "1.0.0"
-dependencies = ["flwr>=1.41,<1.42"]
-[tool.flwr.app]
-publisher = "wardround"
-[tool.flwr.app.components]
-serverapp = "{serverapp}"
-clientapp = "{clientapp}"
-[tool.flwr.app.config]
-config = ""
-dictionary = ""
-roster = ""
-key = ""
-passphrase-file = ""
-out = ""
-resume = false
-"""
 _START_S = 180.0
 _NODE = re.compile(r"SuperNode ID: (\d+)")
 
@@ -63,10 +53,29 @@ def free_ports(number: int) -> list[int]:
         return [int(one.getsockname()[1]) for one in sockets]
 
 
-def write_bundle(folder: Path, components: Mapping[str, str] = COMPONENTS) -> Path:
-    """A Flower app without code: it names what is installed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "pyproject.toml").write_text(_BUNDLE.format(**components), encoding="utf-8")
+def write_bundle(folder: Path, serverapp: str = bundle.COMPONENTS["serverapp"]) -> Path:
+    """The product's own bundle, or with another app of the coordinator."""
+    bundle.write_bundle(folder)
+    file = folder / "pyproject.toml"
+    file.write_text(file.read_text().replace(bundle.COMPONENTS["serverapp"], serverapp))
+    return folder
+
+
+def write_coordinator(path: Path, config: RunConfig, sites: Path) -> CoordinatorFolder:
+    """A coordinator's folder with the key and roster of simulated sites, and one run that was submitted.
+
+    Args:
+        path: new.
+        config: the run's.
+        sites: as simulations/federation.py wrote it.
+    """
+    settings = {"consortium": "simulated", "address": "127.0.0.1:9092", "passphrase_file": str(sites / PASSPHRASE)}
+    create(path, CoordinatorConfig.model_validate(settings), tomli_w.dumps(settings))
+    folder = CoordinatorFolder.open(path)
+    roster = Roster.parse((sites / ROSTER).read_bytes(), ROSTER)
+    shutil.copy(sites / ROSTER, path / f"roster-{roster.serial}.json")
+    shutil.copy(sites / COORDINATOR, path / KEY_FILE)
+    submit(folder, config, next(sites.glob("*/dictionary.toml")))
     return folder
 
 
@@ -178,12 +187,15 @@ class Deployment:
 
 
 @contextmanager
-def deployment(folder: Path, sites: Sequence[Path], **environment: str) -> Iterator[Deployment]:
+def deployment(
+    folder: Path, sites: Sequence[Path], coordinator: CoordinatorFolder, **environment: str
+) -> Iterator[Deployment]:
     """A SuperLink with one SuperNode for every site, connected; all of it ends with the block.
 
     Args:
         folder: new; logs and Flower's folders.
         sites: each one's site.toml.
+        coordinator: whose runs are started.
         environment: more of it, for every process.
 
     Raises:
@@ -200,6 +212,7 @@ def deployment(folder: Path, sites: Sequence[Path], **environment: str) -> Itera
         "NO_PROXY": "127.0.0.1",
         "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",
         "PYTHONUNBUFFERED": "1",
+        ENVIRONMENT: str(coordinator.path),
     }
     running = Deployment(folder, f"127.0.0.1:{port}", {**os.environ, **offline, **environment})
     secret = folder / "secret"

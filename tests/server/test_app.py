@@ -1,5 +1,6 @@
 """The coordinator over a Flower grid: replies as they come, silence at the deadline, what is no message; the app."""
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,18 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from wardround.client.app import app as client
 from wardround.client.app import pack
-from wardround.common.config import RunConfig, packaged, to_toml
+from wardround.common.config import CoordinatorConfig, RunConfig, packaged, to_toml
 from wardround.common.errors import ConfigError, RunFolderError
 from wardround.common.messages import Failure, MaskedReply, MaskInstruction, Reply, split
 from wardround.server import app as server
+from wardround.server import run_status
 from wardround.server.app import FlowerExchange
+from wardround.server.coordinator import ENVIRONMENT, CoordinatorFolder, create
+from wardround.server.deployment import merge_again, submit, submitted
 from wardround.server.phases import Answer
 from wardround.simulations.federation import InProcessGrid, divide, load_registry, write_sites
+
+from .superlink_case import write_coordinator
 
 MASKED = np.array([1, 2**32 - 1], np.uint32)
 
@@ -147,8 +153,8 @@ def context(**settings: Any) -> Context:
     return Context(0, 1, {}, RecordDict(), settings)
 
 
-def test_the_app_runs_from_its_paths_and_continues_with_resume(
-    tmp_path: Path, tiny_model_path: Path, cheap_scrypt: None
+def test_the_app_runs_from_its_folder_continues_with_resume_and_its_model_is_merged_again(
+    tmp_path: Path, tiny_model_path: Path, cheap_scrypt: None, monkeypatch: pytest.MonkeyPatch
 ):
     config = RunConfig.model_validate(
         {
@@ -162,46 +168,69 @@ def test_the_app_runs_from_its_paths_and_continues_with_resume(
             "simulation": {"registry": "synthetic", "sites": 3},
         }
     )
-    (tmp_path / "run.toml").write_text(to_toml(config))
     registry = load_registry(config)
     write_sites(registry, divide(registry, config), config, tmp_path / "sites")
     sites = sorted((tmp_path / "sites").glob("*/site.toml"))
-    paths = {
-        "config": str(tmp_path / "run.toml"),
-        "dictionary": str(sites[0].parent / "dictionary.toml"),
-        "roster": str(tmp_path / "sites" / "roster.json"),
-        "key": str(tmp_path / "sites" / "coordinator.pem"),
-        "passphrase-file": str(tmp_path / "sites" / "passphrase.txt"),
-        "out": str(tmp_path / "run"),
-    }
-    server.main(InProcessGrid(client, sites), context(**paths))
-    provenance = (tmp_path / "run" / "model" / "provenance.json").read_text()
+    folder = write_coordinator(tmp_path / "coordinator", config, tmp_path / "sites")
+    monkeypatch.setenv(ENVIRONMENT, str(folder.path))
+    out = folder.run("trial")
+    server.main(InProcessGrid(client, sites), context(run="trial"))
+    provenance = (out / "model" / "provenance.json").read_text()
     # Nobody told the app that its sites are simulated, so they are not: their key is theirs.
     assert "split_key" not in provenance and '"simulated": false' in provenance
-    report = (tmp_path / "run" / "report.html").read_bytes()
-    with pytest.raises(RunFolderError, match="--resume continues it"):
-        server.main(InProcessGrid(client, sites), context(**paths))
-    server.main(InProcessGrid(client, sites), context(**paths, resume=True))
-    assert (tmp_path / "run" / "report.html").read_bytes() == report
-
-
-NAMES = ("config", "dictionary", "roster", "key", "out")
-
-
-def test_real_sites_are_never_asked_to_add_up_in_the_clear(tmp_path: Path):
-    (tmp_path / "run.toml").write_text(
-        'name = "t"\nprivacy.enabled = false\n[federation]\nsecure_aggregation = "none"\n'
+    said = run_status.read(out)
+    assert (said["phase"], said["rounds_done"], said["ended"]["code"]) == ("finished", 1, "")
+    assert {name: site["rounds"] for name, site in said["sites"].items()} == dict.fromkeys(
+        ("site-01", "site-02", "site-03"), 1
     )
-    paths = {"config": str(tmp_path / "run.toml"), "dictionary": str(packaged("registries", "support_icu.toml"))}
+    assert all(site["code"] == "" and site["epsilon"] is None for site in said["sites"].values())
+    report = (out / "report.html").read_bytes()
+    with pytest.raises(RunFolderError, match="--resume continues it"):
+        server.main(InProcessGrid(client, sites), context(run="trial"))
+    assert run_status.read(out) == said  # a start that was refused leaves what is known of a finished run
+    server.main(InProcessGrid(client, sites), context(run="trial", resume=True))
+    assert (out / "report.html").read_bytes() == report
+
+    model = (out / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "model")
+    assert merge_again(submitted(folder, "trial")) == [out / "adapter", out / "model"]
+    assert (out / "model" / "model.safetensors").read_bytes() == model
+
+
+def test_a_run_that_would_add_up_in_the_clear_is_not_submitted(tmp_path: Path):
+    config = RunConfig.model_validate(
+        {"name": "t", "privacy": {"enabled": False}, "federation": {"secure_aggregation": "none"}}
+    )
+    folder = empty_coordinator(tmp_path / "coordinator")
     with pytest.raises(ConfigError, match="only a simulation adds up in the clear"):
-        more = {name: str(tmp_path / "none") for name in ("roster", "key")}
-        server.main(Grid({}), context(**paths, **more, out=str(tmp_path / "run")))
-    assert not (tmp_path / "run").exists()
+        submit(folder, config, packaged("registries", "support_icu.toml"))
+    assert not folder.run("t").exists()
+    # Nor does the app take one that somebody put there.
+    folder.run("t").mkdir(parents=True)
+    (folder.run("t") / "run.toml").write_text(to_toml(config))
+    (folder.run("t") / "dictionary.toml").write_bytes(packaged("registries", "support_icu.toml").read_bytes())
+    with pytest.raises(ConfigError, match="only a simulation adds up in the clear"):
+        submitted(folder, "t")
 
 
-@pytest.mark.parametrize("missing", NAMES)
-def test_a_missing_path_is_named(missing: str, tmp_path: Path):
-    paths = {name: str(tmp_path / name) for name in NAMES if name != missing}
-    with pytest.raises(ConfigError, match=f"expected '{missing}', a path"):
-        server.main(Grid({}), context(**paths))
-    assert list(tmp_path.iterdir()) == []
+def empty_coordinator(path: Path) -> CoordinatorFolder:
+    text = "consortium = 'c'\naddress = '127.0.0.1:9092'\n"
+    create(path, CoordinatorConfig(consortium="c", address="127.0.0.1:9092"), text)
+    return CoordinatorFolder.open(path)
+
+
+def test_what_the_app_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    with pytest.raises(ConfigError, match="expected 'run', the name of a run"):
+        server.main(Grid({}), context(run=3))
+    with pytest.raises(ConfigError, match=f"{ENVIRONMENT} is not set"):
+        server.main(Grid({}), context(run="t"))
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path))
+    with pytest.raises(ConfigError, match=r"no coordinator\.toml here"):
+        server.main(Grid({}), context(run="t"))
+    folder = empty_coordinator(tmp_path / "coordinator")
+    monkeypatch.setenv(ENVIRONMENT, str(folder.path))
+    with pytest.raises(ConfigError, match="no run 't' was submitted; there are: none"):
+        server.main(Grid({}), context(run="t"))
+    with pytest.raises(ConfigError, match=r"got '\.\./t'"):
+        server.main(Grid({}), context(run="../t"))

@@ -177,7 +177,7 @@ def test_a_serial_is_never_signed_twice(mail: Path, capsys, monkeypatch: pytest.
 
     third = newest(mail)
     run(capsys, "revoke", "coordinator", "west")
-    monkeypatch.setattr(roster_cli, "_newest", lambda _: third)
+    monkeypatch.setattr(roster_cli, "newest", lambda _: third)
     assert "another process signed this serial just now" in refused(capsys, "revoke", "coordinator", "south")
 
 

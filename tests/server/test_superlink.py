@@ -11,20 +11,13 @@ import pytest
 from flwr.app import Context, RecordDict
 from wardround.client.app import app as client
 from wardround.client.folder import Site
-from wardround.common.config import RunConfig, to_toml
+from wardround.common.config import RunConfig
 from wardround.common.files import read_record
 from wardround.server import app as server
-from wardround.simulations.federation import (
-    COORDINATOR,
-    PASSPHRASE,
-    ROSTER,
-    InProcessGrid,
-    divide,
-    load_registry,
-    write_sites,
-)
+from wardround.server.coordinator import ENVIRONMENT
+from wardround.simulations.federation import InProcessGrid, divide, load_registry, write_sites
 
-from .superlink_case import deployment, missing, write_bundle
+from .superlink_case import deployment, missing, write_bundle, write_coordinator
 
 UPDATE = ["train.local", "query.shares", "query.mask", "query.survivors", "query.unmask"]
 SITES = 3
@@ -52,18 +45,6 @@ def settings(base: Path) -> RunConfig:
     )
 
 
-def paths_of(folder: Path) -> dict[str, str]:
-    """The run config of the coordinator's app, of a folder that holds run.toml and sites/."""
-    return {
-        "config": str(folder / "run.toml"),
-        "dictionary": str(folder / "sites" / "site-01" / "dictionary.toml"),
-        "roster": str(folder / "sites" / ROSTER),
-        "key": str(folder / "sites" / COORDINATOR),
-        "passphrase-file": str(folder / "sites" / PASSPHRASE),
-        "out": str(folder / "run"),
-    }
-
-
 def sites_of(folder: Path) -> list[Path]:
     return sorted((folder / "sites").glob("*/site.toml"))
 
@@ -75,32 +56,35 @@ def rounds(out: Path) -> list[dict[str, object]]:
 
 
 def test_a_run_over_flowers_own_processes_gives_the_adapter_of_the_run_in_one_process(
-    tmp_path: Path, tiny_model_path: Path
+    tmp_path: Path, tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = settings(tiny_model_path)
     wire, alone = tmp_path / "wire", tmp_path / "alone"
     wire.mkdir()
-    (wire / "run.toml").write_text(to_toml(config))
     registry = load_registry(config)
     write_sites(registry, divide(registry, config), config, wire / "sites")
     shutil.copytree(wire, alone)
+    folder, other = (write_coordinator(one / "coordinator", config, one / "sites") for one in (wire, alone))
 
-    with deployment(tmp_path / "flower", sites_of(wire), FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.1") as running:
-        run = running.submit(write_bundle(tmp_path / "bundle"), paths_of(wire))
+    fast = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
+    with deployment(tmp_path / "flower", sites_of(wire), folder, **fast) as running:
+        run = running.submit(write_bundle(tmp_path / "bundle"), {"run": config.name})
         status = running.wait_for_run(run, timeout_s=1500)
         assert status == "finished:completed", running.logs()
     assert all(process.poll() is not None for process in running.processes.values())
-    server.main(InProcessGrid(client, sites_of(alone)), Context(0, 1, {}, RecordDict(), dict(paths_of(alone))))
+    monkeypatch.setenv(ENVIRONMENT, str(other.path))
+    server.main(InProcessGrid(client, sites_of(alone)), Context(0, 1, {}, RecordDict(), {"run": config.name}))
 
+    wired, here = folder.run(config.name), other.run(config.name)
     name = "adapter/adapter_model.safetensors"
-    assert (wire / "run" / name).read_bytes() == (alone / "run" / name).read_bytes()
-    evaluation = (wire / "run" / "evaluation.json").read_bytes()
-    assert evaluation == (alone / "run" / "evaluation.json").read_bytes()
+    assert (wired / name).read_bytes() == (here / name).read_bytes()
+    evaluation = (wired / "evaluation.json").read_bytes()
+    assert evaluation == (here / "evaluation.json").read_bytes()
     assert json.loads(evaluation)["final"]["n"] == SITES * config.evaluation.questions_per_site
-    (line,) = rounds(wire / "run")
-    assert [line] == rounds(alone / "run")
+    (line,) = rounds(wired)
+    assert [line] == rounds(here)
     assert line["update_norm_l2"] and line["site_count"] == SITES and line["failures"] == {}
-    digest = read_record(wire / "run" / "journal" / "finalize.record").values["model_digest"]
+    digest = read_record(wired / "journal" / "finalize.record").values["model_digest"]
     for site in sites_of(wire):
         ledger = Site.open(site).ledger
         assert ledger.verify() == 1 + 5 + 1 + 5 + 5 + 1  # warm-up, counts, schema, update, test, final adapter
