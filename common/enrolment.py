@@ -265,7 +265,8 @@ class Invitation:
         _check_kinds(content, {**texts, "protocol": int}, source)
         sizes = {"site_id": KEY_BYTES, "bundle_digest": DIGEST_BYTES, "signature": SIGNATURE_BYTES}
         raw = {key: hex_bytes(content[key], size, f"{source}: {key}") for key, size in sizes.items()}
-        made = cls(**{key: raw.get(key, content[key]) for key in fields})
+        values: dict[str, Any] = {key: raw.get(key, content[key]) for key in fields}
+        made = cls(**values)
         made.verify()
         return made
 

@@ -349,7 +349,7 @@ def _paired(bootstrap: _Bootstrap, later: Ints, earlier: Ints) -> dict[str, Any]
     alone = [later * (1 - earlier), earlier * (1 - later)]
     only_later, only_earlier = (int(bootstrap.patterns @ weights) for weights in alone)
     bounds, error = bootstrap.interval(later - earlier)
-    deviation = bootstrap.noise * math.sqrt(int(sum(alone).sum()))
+    deviation = bootstrap.noise * math.sqrt(sum(int(weights.sum()) for weights in alone))
     return {
         "difference": bootstrap.share(later - earlier),
         "ci95": bounds,

@@ -19,12 +19,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from .errors import RunFolderError, UserError
 from .files import private_folder, write_atomic
@@ -34,7 +34,8 @@ FINAL = 2  # exit code of a mistake: starting again cannot help
 MAX_LOG_BYTES = 20_000_000  # then NAME.log becomes NAME.log.1; looked at when a process starts, and every minute
 _LOOK_S = 0.2
 _PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # before any fork: nothing is loaded between it and exec
+# Loaded before any fork: between that and exec nothing must be.
+_LIBC: ctypes.CDLL | None = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class ChildError(UserError):
@@ -73,7 +74,7 @@ class _Running:
 
 
 @contextmanager
-def exclusive(path: Path, what: str) -> Iterator[None]:
+def exclusive(path: Path, what: str) -> Generator[None]:
     """Holds a lock file while the block runs, so that nobody starts the same thing twice.
 
     Args:
@@ -266,7 +267,7 @@ def read_status(path: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) else None
+    return cast("dict[str, Any]", content) if isinstance(content, dict) else None
 
 
 def _die_with_parent() -> None:
