@@ -69,7 +69,7 @@ POLL_S = 0.1  # between looks for a task
 DRAIN_S = 60.0  # for the message under way, after SIGTERM
 SEND_S = 3.0  # the SuperNode looks for replies every half second; it is stopped after this process
 MAX_TRIES = 2  # of one message, over processes
-GROWTH_BYTES = 1 << 30  # more than after the first message that ran the model, and more than half of that again
+GROWTH_BYTES = 1 << 30  # more than after the first message of every phase so far, and more than half of that again
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _RETRY_S = 120.0  # a SuperNode that does not answer for so long is not coming back for this task
 _PROGRESS_S = 1.0
@@ -157,7 +157,8 @@ class Worker:
         self.stopping = threading.Event()
         self.began = time.time()
         self.run_id: int | None = None  # Flower's number of the first message's run
-        self.settled_bytes = 0  # memory after the first message that ran the model
+        # Memory after the first message of each phase: the first training loads a model, and libraries for gigabytes.
+        self.settled: dict[str, int] = {}
         self.now: dict[str, Any] = {}
         self.last: dict[str, Any] = {}
         self.answered = self.refused = 0
@@ -362,18 +363,17 @@ class Worker:
         if self.now:
             self.last = {**self.now, "until": time.time()}
             self.last.pop("steps", None)
+            self.settled.setdefault(self.now["phase"], memory_bytes())
         self.now = {}
-        if not self.settled_bytes and "torch" in sys.modules:
-            self.settled_bytes = memory_bytes()
         self._note()
 
     def _stale(self) -> str:
         """Why a fresh process should go on; "": it need not."""
         if self.last and self.last["run"] != self.run_id:
             return "another run began"
-        limit = self.settled_bytes + max(self.settings.growth_bytes, self.settled_bytes // 2)
-        if self.settled_bytes and memory_bytes() > limit:
-            return f"its memory grew from {self.settled_bytes >> 20} to {memory_bytes() >> 20} MB"
+        settled, found = max(self.settled.values(), default=0), memory_bytes()
+        if settled and found > settled + max(self.settings.growth_bytes, settled // 2):
+            return f"its memory grew from {settled >> 20} to {found >> 20} MB"
         return ""
 
     # ---- what people see

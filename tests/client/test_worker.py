@@ -18,9 +18,11 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.constant import TaskType
+from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input
+from wardround.client import worker as worker_module
 from wardround.client.app import unpack
 from wardround.client.folder import Site
 from wardround.client.registry import to_registry
@@ -160,11 +162,23 @@ def test_a_fresh_process_goes_on_with_another_run(site: Path, runtime: Runtime):
     assert second.poll() is None
 
 
-def test_a_process_that_grew_wants_a_fresh_one():
-    worker = Worker(Settings(Path(), "127.0.0.1:1", b"", "", Path(), growth_bytes=0))
-    assert worker._stale() == ""
-    worker.settled_bytes = 1
-    assert "its memory grew" in worker._stale()
+def test_a_process_that_grew_wants_a_fresh_one_and_one_that_loaded_its_model_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = Settings(tmp_path / "site.toml", "127.0.0.1:1", b"", "", tmp_path)
+    worker = Worker(settings)
+    worker.run_id = 1
+
+    def answered(phase: str, gigabytes: float) -> str:
+        monkeypatch.setattr(worker_module, "memory_bytes", lambda: int(gigabytes * 2**30))
+        worker.now = {"phase": phase, "round": 1, "run": 1, "since": 0.0}
+        worker._end_task(worker._client(), HeartbeatSender(lambda: True))
+        return worker._stale()
+
+    # What a phase needs the first time, it keeps: libraries at the counts, the model at the first training.
+    for phase, gigabytes in (("query.count", 0.5), ("train.local", 30.0), ("evaluate.test", 46.0)):
+        assert answered(phase, gigabytes) == ""
+    assert answered("train.local", 60.0) == "" and "its memory grew from" in answered("train.local", 70.0)
 
 
 def test_a_message_whose_worker_was_killed_is_answered_by_the_next(site: Path, runtime: Runtime):
