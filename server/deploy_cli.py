@@ -62,8 +62,21 @@ def _open(where: Path) -> CoordinatorFolder:
 @click.option(
     "--listen-port", type=click.IntRange(1, 65535), default=None, help="Of the public socket; the address's port."
 )
+@click.option(
+    "--loopback-port",
+    type=click.IntRange(1, 65535),
+    default=None,
+    help="On 127.0.0.1, for its own processes; the next.",
+)
 @_passphrase_file
-def init(folder: Path, consortium: str, address: str, listen_port: int | None, passphrase_file: Path | None) -> None:
+def init(
+    folder: Path,
+    consortium: str,
+    address: str,
+    listen_port: int | None,
+    loopback_port: int | None,
+    passphrase_file: Path | None,
+) -> None:
     """Make a coordinator's FOLDER: its key, a certificate authority, a TLS certificate, settings.
 
     The passphrase (12 characters or more) encrypts the key. The file that holds it is named in coordinator.toml, so
@@ -71,7 +84,14 @@ def init(folder: Path, consortium: str, address: str, listen_port: int | None, p
     """
     from .deployment import found
 
-    identity = found(folder, consortium, address, listen_port=listen_port, passphrase_file=passphrase_file)
+    identity = found(
+        folder,
+        consortium,
+        address,
+        listen_port=listen_port,
+        loopback_port=loopback_port,
+        passphrase_file=passphrase_file,
+    )
     click.echo(f"{folder}: coordinator of '{consortium}' at {address}")
     click.echo(f"fingerprint  {identity.fingerprint}")
     click.echo("Tell every hospital this fingerprint by telephone. Next: `wardround server enroll APPLICATION …`.")

@@ -58,7 +58,13 @@ class Submitted:
 
 
 def found(
-    path: Path, consortium: str, address: str, *, listen_port: int | None, passphrase_file: Path | None
+    path: Path,
+    consortium: str,
+    address: str,
+    *,
+    listen_port: int | None,
+    loopback_port: int | None,
+    passphrase_file: Path | None,
 ) -> Identity:
     """Makes a coordinator's folder: settings, key, authority, certificate, secret.
 
@@ -67,6 +73,7 @@ def found(
         consortium: its name.
         address: "host:port" that hospitals dial.
         listen_port: of the public socket; None: the port of `address`.
+        loopback_port: of the other one; None: the next.
         passphrase_file: of the key; None: WARDROUND_PASSPHRASE has it, and `start` needs it there too.
 
     Raises:
@@ -78,7 +85,7 @@ def found(
         "consortium": consortium,
         "address": address,
         "listen_port": listen,
-        "loopback_port": listen + 1 if listen < 65535 else listen - 1,
+        "loopback_port": loopback_port or (listen + 1 if listen < 65535 else listen - 1),
     }
     if passphrase_file is not None:
         settings["passphrase_file"] = str(passphrase_file.resolve())

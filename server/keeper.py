@@ -78,11 +78,18 @@ class Keeper:
         Raises:
             NotRunningError, ControlError: of the SuperLink; the next look may fare better.
         """
-        names = [name for name in self.folder.runs() if wanted(self.folder.run(name)) is not None]
-        if names:
+        idle = [
+            name for name in self.folder.runs() if wanted(self.folder.run(name)) is not None and not self._works(name)
+        ]
+        if idle:
             known = {run.id: run for run in self.control.runs()}
-            for name in names:
+            for name in idle:
                 self._see_to(name, known)
+
+    def _works(self, name: str) -> bool:
+        """Whether a process works on the run, and it is the one that was started last."""
+        said = run_status.read(self.folder.run(name))
+        return said.get("flower_run") == wanted(self.folder.run(name)) and run_status.alive(said)
 
     def _see_to(self, name: str, known: dict[int, FlowerRun]) -> None:
         out, care, now = self.folder.run(name), self._cares.setdefault(name, _Care()), time.monotonic()
@@ -90,9 +97,8 @@ class Keeper:
         if number is None:
             return
         current = known.get(number)  # None: the database is new
-        works = said.get("flower_run") == number and run_status.alive(said)
-        if works or (current is not None and not current.over and not self._is_dead(said, number)):
-            return
+        if current is not None and not current.over and not self._is_dead(said, number):
+            return  # about to begin
         ended: dict[str, Any] = (said.get("ended") or {}) if said.get("flower_run") == number else {}
         if ended and ended["code"] == "":
             unwant(out)

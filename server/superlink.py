@@ -268,7 +268,7 @@ def serve(folder: CoordinatorFolder) -> None:
         proxy_headers=False,  # a header says nothing about who connected
         server_header=False,
         access_log=False,  # refusals are logged, each address once
-        log_level="warning",
+        log_level="info",  # says when it is up
         ssl_certfile=str(folder.tls / "server.pem"),
         ssl_keyfile=str(folder.tls / "server.key"),
         timeout_graceful_shutdown=_DRAIN_S,
@@ -317,13 +317,25 @@ def _protocol() -> type:
     return Patient
 
 
+def _log_to_stderr() -> None:
+    """Our lines, and Flower's warnings: at its own level it writes every poll of every hospital."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    _LOG.addHandler(handler)
+    _LOG.setLevel(logging.INFO)
+    _LOG.propagate = False
+    import flwr.common.logger  # noqa: F401  # sets its own level when it is first imported
+
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+
+
 def main(arguments: list[str]) -> int:
     """Entry of the process: 0 stopped in order, 2 a mistake that a person has to mend (its line comes last)."""
     # Flower reads a good many FLWR_ variables; some open more sockets. None counts that is not set here.
     for name in [name for name in os.environ if name.startswith("FLWR_") and name not in _OURS]:
         del os.environ[name]
     os.umask(0o077)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+    _log_to_stderr()
     try:
         folder = CoordinatorFolder.open(Path(arguments[0]))
         os.environ.update(folder.environment())

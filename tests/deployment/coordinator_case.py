@@ -81,10 +81,8 @@ def wardround(*arguments: object, check: bool = True, **more: str) -> subprocess
 def make_coordinator(path: Path, *more: object) -> CoordinatorFolder:
     """`wardround server init` with free ports."""
     public, inside = free_ports(2)
-    wardround("server", "init", path, "--consortium", "Trial", "--address", f"127.0.0.1:{public}", *more)
-    settings = path / "coordinator.toml"
-    lines = [line for line in settings.read_text().splitlines() if not line.startswith("loopback_port")]
-    settings.write_text("\n".join([*lines, f"loopback_port = {inside}"]) + "\n")
+    ports = ("--address", f"127.0.0.1:{public}", "--loopback-port", inside)
+    wardround("server", "init", path, "--consortium", "Trial", *ports, *more)
     return CoordinatorFolder.open(path)
 
 
