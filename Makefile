@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-private deploy-demo learn test test-slow mutants check bench clean
+.PHONY: help install demo demo-private deploy-demo soak learn test test-slow mutants check bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -51,6 +51,10 @@ demo-private: $(READY)  ## the demo with patient-level differential privacy; aft
 deploy-demo: $(READY)  ## a consortium for real on this machine: coordinator, four hospitals, TLS, enrolment, a private run
 	rm -rf runs/deploy-demo
 	$(BIN)/wardround simulate deploy deploy-demo --out runs/deploy-demo
+
+soak: $(READY)  ## the same under random kills of its processes, twelve rounds, at most 30 minutes
+	rm -rf runs/soak
+	$(BIN)/wardround simulate soak --out runs/soak
 
 learn: $(READY)  ## the setting that learns, against warm-up and majority; hours on 2 cores; it continues where it stopped
 	$(BIN)/wardround simulate experiment federated learn --out runs/learn --arms $(ARMS) --seeds $(SEEDS) --questions $(ASKED)

@@ -140,3 +140,33 @@ def deploy(config: Path, out: Path, overrides: tuple[str, ...], keep: bool, as_j
                 signal.pause()
             except KeyboardInterrupt:
                 click.echo("", err=True)
+
+
+@simulate.command(epilog="Example: wardround simulate soak --out runs/soak --seed 3")
+@click.argument("config", type=click.Path(path_type=Path), default=Path("soak"))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder for everybody's folders.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Of who is killed, and when.")
+@click.option(
+    "--minutes", type=click.FloatRange(1, 600), default=30.0, show_default=True, help="It has to be over by then."
+)
+@click.option("--kills", type=click.IntRange(0), default=None, help="At most so many; as many as come.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a config key; `none` unsets it.")
+def soak(config: Path, out: Path, seed: int, minutes: float, kills: int | None, overrides: tuple[str, ...]) -> None:
+    """Deploy a consortium on this machine and kill its processes at random while it runs CONFIG.
+
+    Ends with 1 when a round is not accounted for, a ledger does not verify or differs from the receipts, or memory
+    grows. Writes soak.json.
+    """
+    from ..common import config as configs
+    from . import faults
+
+    settings = configs.load_run(config, overrides)
+    result = faults.soak(
+        settings, out, seed=seed, minutes=minutes, kills=kills, tell=lambda line: click.echo(line, err=True)
+    )
+    rounds = len(result["rounds"])
+    click.echo(f"{len(result['kills'])} kills, {rounds} rounds in {result['seconds']:.0f} s; {out / 'soak.json'}")
+    for defect in result["defects"]:
+        click.echo(f"defect: {defect}")
+    if result["defects"]:
+        raise SystemExit(1)

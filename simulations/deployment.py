@@ -19,7 +19,7 @@ import subprocess
 import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ..common.dictionary import dump_dictionary
 from ..common.errors import RunFolderError, WardroundError
 from ..common.files import private_folder, write_atomic
 from ..common.supervisor import read_status
+from .audit import small_model
 from .federation import divide, load_registry
 from .partition import site_names
 
@@ -83,6 +84,7 @@ class Deployment:
     tell: Callable[[str], None] = lambda _: None
     environment: dict[str, str] = field(default_factory=dict[str, str])
     coordinator: Party = field(init=False)
+    port: int = field(init=False, default=0)
     hospitals: dict[str, Party] = field(init=False, default_factory=dict[str, Party])
 
     def __post_init__(self) -> None:
@@ -137,10 +139,10 @@ class Deployment:
         tables = self._write_tables()
         secret = self.out / "coordinator.passphrase"
         write_atomic(secret, secrets.token_hex(16).encode())
-        address = f"127.0.0.1:{free_port()}"
+        self.port = free_port()
         said = self.call(
             "server", "init", self.coordinator.folder, "--consortium", f"{self.config.name} on one machine",
-            "--address", address, "--passphrase-file", secret,
+            "--address", f"127.0.0.1:{self.port}", "--passphrase-file", secret,
         ).stdout  # fmt: skip
         self.coordinator.fingerprint = _fingerprint(said)
         for name, table in tables.items():
@@ -154,7 +156,12 @@ class Deployment:
         registry = load_registry(self.config)
         parts = divide(registry, self.config)
         (self.out / "data").mkdir()
-        self.dictionary.write_text(dump_dictionary(registry.dictionary), encoding="utf-8")
+        text = dump_dictionary(registry.dictionary)
+        self.dictionary.write_text(text, encoding="utf-8")
+        if self.config.model.id == small_model.SMALL:
+            folder = small_model.make(self.out / "data" / small_model.SMALL, text.splitlines(), seed=self.config.seed)
+            model = self.config.model.model_copy(update={"id": str(folder)})
+            self.config = self.config.model_copy(update={"model": model})
         tables: dict[str, Path] = {}
         for name, rows in zip(site_names(len(parts)), parts, strict=True):
             tables[name] = self.out / "data" / f"{name}.parquet"
@@ -236,7 +243,9 @@ class Deployment:
 
     def _is_up(self, party: Party) -> bool:
         if party is self.coordinator:
-            return "startup complete" in party.log("superlink") or "Uvicorn running" in party.log("superlink")
+            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=5):
+                return True
+            return False
         return "SuperNode ID:" in party.log(NODE)
 
     def stop(self, *names: str) -> None:

@@ -39,8 +39,8 @@ from ..federation import load_registry
 from . import inversion, membership, page, small_model
 from .bound import CONFIDENCE, one_run, permitted_auc
 from .canaries import AuditedEngine, Canaries, WithCanaries, observe
+from .small_model import SMALL
 
-SMALL = "audit-small"  # model.id of the audit's own model
 PARTS = ("one-run", "membership", "inversion")
 Say = Callable[[str], None]
 

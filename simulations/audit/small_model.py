@@ -1,6 +1,7 @@
-"""The audit's own small model: made in a second from a seed, small enough to be trained to memorise on a CPU.
+"""A small model of our own: made in a second from a seed, small enough to be trained to memorise on a CPU.
 
-Run on one machine, by `wardround simulate audit`. Enters: texts to make words of, of an open registry. Leaves: a folder
+Run on one machine, by `wardround simulate audit`, and where a deployment is tried out (simulations/deployment.py).
+Enters: texts to make words of, of an open registry. Leaves: a folder
 in Hugging Face's form. A Llama of two layers with random weights: what it answers is worthless, and what it remembers
 of its training questions is not, which is what the audit wants to know. Small models that were trained for long on few
 patients are the worst case for privacy.
@@ -17,6 +18,7 @@ _TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 VOCABULARY = 2048
+SMALL = "audit-small"  # `model.id` of it in a config
 
 
 def make(folder: Path, texts: Iterable[str], *, seed: int, layers: int = 2, hidden: int = 64) -> Path:
