@@ -9,6 +9,7 @@ a roster is signed before an application is kept, an application is kept before 
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,6 +88,8 @@ def found(
         "listen_port": listen,
         "loopback_port": loopback_port or (listen + 1 if listen < 65535 else listen - 1),
     }
+    if (only := _listen_host(host)) is not None:
+        settings["listen_host"] = only
     if passphrase_file is not None:
         settings["passphrase_file"] = str(passphrase_file.resolve())
     config = parse(CoordinatorConfig, settings, "coordinator.toml")
@@ -109,6 +112,17 @@ def found(
             path.rmdir()
         raise
     return identity
+
+
+def _listen_host(host: str) -> str | None:
+    """Where to listen, for an address that says so: loopback for a trial on one machine, any IPv6 address for IPv6."""
+    if host == "localhost":
+        return "127.0.0.1"
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    return host if address.is_loopback else "::" if address.version == 6 else None
 
 
 _HEAD = "# This coordinator's settings; configs/coordinator.example.toml has every key and what it means.\n"

@@ -133,7 +133,7 @@ def test_status_shows_processes_hospitals_and_certificate(running: Running) -> N
 
 def test_exactly_the_documented_sockets_listen(running: Running) -> None:
     config = running.folder.config
-    expected = {("0.0.0.0", config.listen_port), ("127.0.0.1", config.loopback_port)}
+    expected = {("127.0.0.1", config.listen_port), ("127.0.0.1", config.loopback_port)}
     running.until("all processes run", lambda: len(running.processes()) == 3)
     assert listening(running.process.pid) == expected
 
@@ -275,11 +275,11 @@ def test_a_database_that_is_lost_between_two_starts_is_made_anew(tmp_path: Path,
 
 def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
     folder = make_coordinator(tmp_path / "coordinator")
-    with socket.create_server(("0.0.0.0", folder.config.listen_port)):
+    with socket.create_server(("127.0.0.1", folder.config.listen_port)):
         done = wardround("server", "start", "-C", folder.path, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
-        f"error: 0.0.0.0:{folder.config.listen_port}: cannot listen there: address already in use"
+        f"error: 127.0.0.1:{folder.config.listen_port}: cannot listen there: address already in use"
     )
     wardround("server", "renew", "-C", folder.path)
     with started(folder) as running:

@@ -72,6 +72,25 @@ def test_init_makes_a_folder_that_nobody_else_may_enter(here: Path, capsys: pyte
 
 
 @pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("c.example.org:9092", ("0.0.0.0", 9092, 9093)),
+        ("192.0.2.7:65535", ("0.0.0.0", 65535, 65534)),
+        ("127.0.0.1:9092", ("127.0.0.1", 9092, 9093)),
+        ("localhost:9092", ("127.0.0.1", 9092, 9093)),
+        ("[2001:db8::7]:9092", ("::", 9092, 9093)),
+    ],
+)
+def test_it_listens_where_its_address_can_be_reached(here: Path, capsys, address: str, expected: tuple[str, int, int]):
+    works(capsys, *INIT, "--address", address)
+    config = CoordinatorFolder.open(here / "c").config
+    assert (config.listen_host, config.listen_port, config.loopback_port) == expected
+    works(capsys, *INIT[:1], "d", *INIT[2:], "--listen-port", 443, "--loopback-port", 8000)
+    config = CoordinatorFolder.open(here / "d").config
+    assert (config.listen_port, config.loopback_port) == (443, 8000)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--address", "nowhere"), "--address: expected HOST:PORT"),
