@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,8 @@ from wardround.client.private_optimizer import PrivateSteps
 from wardround.client.randomness import SecureRandom
 from wardround.client.reward import LocalResult
 from wardround.common.config import RunConfig
-from wardround.common.messages import KeysReply
+from wardround.common.files import read_record
+from wardround.common.messages import KeysReply, split
 
 from .test_grpo import TEMPLATE, Source, configured, model
 from .test_private_site import REGISTRY, RUN, Hospital
@@ -205,6 +209,45 @@ def test_a_killed_site_gives_the_update_of_one_that_was_not_killed(
     assert stored(killed).delta.tobytes() == stored(whole).delta.tobytes()
     assert stored(killed).tail.tolist() == stored(whole).tail.tolist()
     assert not kept_of(killed).exists() and not kept_of(whole).exists()
+
+
+# A process of its own: the first round's instruction, from a file; killed in the middle of a step.
+PROCESS = """
+import json, os, signal, sys
+from pathlib import Path
+from wardround.client import checkpoint, gate, site
+from wardround.common import identity, messages
+identity._SCRYPT["n"] = 2**4  # as this site was made
+checkpoint.EVERY_S, checkpoint.SHARE = 0.0, 0
+site.on_step = lambda _name, done, _steps: done == int(sys.argv[3]) and os.kill(os.getpid(), signal.SIGKILL)
+head, vectors = json.loads(Path(sys.argv[2]).read_text())
+vectors = {name: bytes.fromhex(vector) for name, vector in vectors.items()}
+answer = gate.respond(Path(sys.argv[1]), messages.TrainInstruction, bytes.fromhex(head), vectors)
+print(type(messages.join(*answer, messages.Reply)).__name__)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cheap_scrypt")
+def test_a_process_that_was_killed_with_signal_9_is_gone_on_from_by_the_next(tmp_path: Path, tiny_model_path: Path):
+    whole, killed = (Hospital(tmp_path / name, tiny_model_path, enabled=False) for name in ("whole", "killed"))
+    for hospital in (whole, killed):
+        hospital.set_up()
+    assert isinstance(whole.ask(whole.train(1)), KeysReply), whole.log()
+    head, vectors = split(killed.train(1))
+    asked = tmp_path / "asked.json"
+    asked.write_text(json.dumps([head.hex(), {name: bytes(vector).hex() for name, vector in vectors.items()}]))
+
+    def answer(step: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", PROCESS, str(killed.site_toml), str(asked), str(step)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert answer(2).returncode == -9
+    assert read_record(kept_of(killed)).values["steps"] == 1
+    done = answer(0)
+    assert done.stdout.split() == ["KeysReply"], done.stderr
+    assert stored(killed).delta.tobytes() == stored(whole).delta.tobytes()
+    assert stored(killed).tail.tolist() == stored(whole).tail.tolist()
 
 
 @pytest.mark.usefixtures("cheap_scrypt")
