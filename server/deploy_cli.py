@@ -260,7 +260,7 @@ def run(
     from ..common.errors import ConfigError, RunFolderError
     from . import keeper
     from .control import Control
-    from .deployment import end_flower_run, submit
+    from .deployment import end_run, submit
 
     folder = _open(where)
     make: Callable[[], object] | None = None
@@ -283,7 +283,7 @@ def run(
         if on:
             click.echo(f"run {name}: is on already", err=True)
         else:
-            end_flower_run(control, name)
+            end_run(folder, control, name)
             keeper.want(folder.run(name), control.start(name, resume=resume))
             done = "continues" if resume else "started"
             click.echo(f"run {name}: {done}; `wardround server status` shows it", err=True)
@@ -382,7 +382,7 @@ def stop(run: str | None, where: Path) -> None:
     from ..common.supervisor import holder
     from . import keeper
     from .control import Control
-    from .deployment import end_flower_run, submitted
+    from .deployment import end_run, submitted
 
     folder = _open(where)
     if run is not None:
@@ -390,7 +390,7 @@ def stop(run: str | None, where: Path) -> None:
         keeper.unwant(folder.run(run))
         if _is_started(folder):
             with Control(folder) as control:
-                end_flower_run(control, run)
+                end_run(folder, control, run)
         click.echo(f"run {run}: stopped; `wardround server run {run} --resume` continues it", err=True)
         return
     process = holder(folder.lock)

@@ -12,7 +12,10 @@ from __future__ import annotations
 import ipaddress
 import os
 import shutil
+import signal
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +34,7 @@ from ..common.messages import PROTOCOL_VERSION
 from ..common.roster import Roster
 from ..common.schema import Schema
 from ..common.supervisor import holder
+from . import run_status
 from .certificates import make_authority, make_server
 from .coordinator import CoordinatorFolder, create, node_key_pem
 from .journal import INPUTS, open_journal
@@ -301,11 +305,20 @@ def submitted(folder: CoordinatorFolder, name: str) -> Submitted:
     return Submitted(config, dictionary, out)
 
 
-def end_flower_run(control: Control, name: str) -> None:
-    """Ends what Flower still takes for this run: its process is gone, or is ended with it."""
+def end_run(folder: CoordinatorFolder, control: Control, name: str) -> None:
+    """Ends what works on a run, and what Flower still takes for it; the journal has every phase that was complete."""
     before = control.run_named(name)
     if before is not None and not before.over:
         control.stop(before.id)
+    said = run_status.read(folder.run(name))
+    for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+        if not run_status.alive(said):
+            return
+        with suppress(ProcessLookupError):
+            os.kill(said["pid"], number)
+        deadline = time.monotonic() + patience
+        while run_status.alive(said) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 def merge_again(run: Submitted) -> list[Path]:

@@ -87,9 +87,8 @@ class Keeper:
                 self._see_to(name, known)
 
     def _works(self, name: str) -> bool:
-        """Whether a process works on the run, and it is the one that was started last."""
-        said = run_status.read(self.folder.run(name))
-        return said.get("flower_run") == wanted(self.folder.run(name)) and run_status.alive(said)
+        """Whether a process works on the run, whichever start of it that is."""
+        return run_status.alive(run_status.read(self.folder.run(name)))
 
     def _see_to(self, name: str, known: dict[int, FlowerRun]) -> None:
         out, care, now = self.folder.run(name), self._cares.setdefault(name, _Care()), time.monotonic()

@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ class RunStatus:
         self._said["ended"] = _end(error)
         if error is None:
             self._said["phase"] = "finished"
-        self._write()
+        with suppress(OSError):  # a full disk is often why it ended; then that it is gone has to say enough
+            self._write()
 
     def _site(self, name: str) -> dict[str, Any]:
         empty = {"rounds": 0, "epsilon": None, "phase": "", "code": "", "answered": None}
@@ -141,10 +143,13 @@ def refuse(out: Path, flower_run: int, error: WardroundError) -> None:
 
 def _end(error: BaseException | None) -> dict[str, Any]:
     known = error if isinstance(error, WardroundError) else None
+    message = "" if error is None else str(known)[:2000] if known else type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        message += f": {error.strerror.lower()}"
     return {
         "at": time.time(),
         "code": "" if error is None else known.code if known else "failure",
-        "message": "" if error is None else str(known)[:2000] if known else type(error).__name__,
+        "message": message,
         "final": error is None or (known is not None and known.exit_code == 2),
     }
 

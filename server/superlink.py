@@ -255,9 +255,14 @@ def serve(folder: CoordinatorFolder) -> None:
         _LOG.warning(
             "superlink.db was damaged: it is %s now, and a new one is made; runs go on from their journal", aside.name
         )
-    app = gated(make_app(folder), folder)
-    folder.database.chmod(0o600)
     import uvicorn
+    from sqlalchemy.exc import OperationalError
+
+    try:
+        app = gated(make_app(folder), folder)
+    except OperationalError as error:  # locked, or the disk is full
+        raise BusyError(f"{folder.database}: {error.orig}; trying again") from None
+    folder.database.chmod(0o600)
 
     config = uvicorn.Config(
         app,  # pyright: ignore[reportArgumentType]
