@@ -1,6 +1,7 @@
 """Flower's real application behind the gate, every route it has, over both sockets, with and without keys."""
 
 import asyncio
+import hashlib
 from base64 import b64encode
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -10,13 +11,18 @@ from typing import Any
 import httpx
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from flwr.common.constant import NOOP_FLWR_AID
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PullObjectResponse
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.constant import NOOP_FEDERATION_ID
+from flwr.supercore.fab import Fab
 from flwr.supercore.primitives.asymmetric import sign_message
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 from wardround.common.config import CoordinatorConfig
 from wardround.common.identity import Identity
 from wardround.common.roster import Roster
-from wardround.server import superlink
+from wardround.server import control, superlink
 from wardround.server.coordinator import CONTROL_HEADER, CoordinatorFolder, create
 from wardround.server.superlink import check_database, gated, loopback_routes, make_app, public_routes, routes_of
 
@@ -123,6 +129,27 @@ def test_an_enrolled_node_activates_and_nobody_else_in_its_name(world: dict[str,
     assert reply.status_code == 200 and ActivateNodeResponse.FromString(reply.content).node_id > 0
     assert activate(world, world["north"], signer=hospital("west")).status_code == 401
     assert activate(world, world["north"], signer=world["south"]).status_code == 401  # Flower's own check
+
+
+def test_a_node_that_fetches_a_message_of_a_run_that_ended_is_told_that_it_is_gone(world: dict[str, Any]) -> None:
+    """A refusal makes Flower's SuperNode forget half a message, and its executor wait for the rest for ever."""
+    state = world["app"].state.linkstate_factory.state()
+    (node,) = [info.node_id for info in state.get_node_info() if info.name == "north"]
+    fab = control.bundle()
+    digest = state.store_fab(Fab(hashlib.sha256(fab).hexdigest(), fab, {}))
+    run = state.create_run(
+        "wardround/x", "1.0.0", digest, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, "flwr-serverapp"
+    )
+    for ended in (False, True):
+        if ended:
+            assert state.stop_run(run)
+        who, what = {"node": Node(node_id=node), "run_id": run}, hashlib.sha256(b"object").hexdigest()
+        request = PullObjectRequest(**who, object_id=what).SerializeToString()
+        reply = call(world, PUBLIC, "POST", "/v1/fleet/pull-object", signed(world["north"]), request)
+        assert (reply.status_code, PullObjectResponse.FromString(reply.content).object_found) == (200, False)
+        request = ConfirmMessageReceivedRequest(**who, message_object_id=what).SerializeToString()
+        confirm = "/v1/fleet/confirm-message-received"
+        assert call(world, PUBLIC, "POST", confirm, signed(world["north"]), request).status_code == 200
 
 
 @pytest.mark.parametrize("change", ["flwr-public-key", "flwr-signature", "flwr-timestamp"])
