@@ -384,14 +384,16 @@ def test_the_set_up_is_that_of_the_deploy_demo_command_by_command() -> None:
 def test_the_commands_that_people_are_told_to_type_exist(file: Path) -> None:
     """`docker compose … run --rm SERVICE ARGUMENTS` and `… exec SERVICE COMMAND`, in comments and in the document."""
     text = re.sub(r"\\\n#? *", "", file.read_text("utf-8"))
-    told = re.findall(r"docker compose -f docker/(compose[\w.]*yaml) (run --rm|exec) ([\w-]+)([^\n`#]*)", text)
+    told = re.findall(
+        r"docker compose -f docker/(compose[\w.]*yaml) (run --rm|exec) (--entrypoint cp )?(\w[\w-]*)([^\n`#]*)", text
+    )
     assert told
-    for name, how, service, rest in told:
+    for name, how, other, service, rest in told:
         one = loaded(DOCKER / name)["services"][service]
         words = shlex.split(re.split(r" {3,}", rest)[0])
         if how == "exec":
             assert words[0] == "wardround" and resolve(words[1:])
-        elif words:
+        elif words and not other:
             assert resolve([*json.loads(of(dockerfile_of(one), "ENTRYPOINT")[-1])[1:], *words])
 
 
