@@ -277,14 +277,19 @@ def _gpu(node: Node) -> Line:
 
 
 def _base_model(node: Node) -> Line:
-    from ..common.lm.packaged import imported
+    from ..common.lm.packaged import imported, present
 
-    found, allowed = imported(), node.config.policy.allowed_models
-    if allowed and not set(allowed) & set(found):
+    allowed = node.config.policy.allowed_models
+    if not allowed:
+        found = imported()
+        if not found:
+            return Line("base model", "note", "none imported: a run's must be packaged or in Hugging Face's cache")
+        return Line("base model", "ok", ", ".join(f"{digest[:12]}… imported" for digest in found))
+    there = present()
+    have = [f"{digest[:12]}… ({there[digest]})" for digest in allowed if digest in there]
+    if not have:
         return Line(
-            "base model", "error", f"none of the {len(allowed)} that policy.allowed_models names is imported here",
+            "base model", "error", f"none of the {len(allowed)} that policy.allowed_models names is on this machine",
             "wardround client model import FOLDER",
         )  # fmt: skip
-    if not found:
-        return Line("base model", "note", "none imported: a run's model must be packaged or in the Hugging Face cache")
-    return Line("base model", "ok", ", ".join(f"{digest[:12]}…" for digest in found))
+    return Line("base model", "ok", ", ".join(have))

@@ -317,7 +317,8 @@ class Worker:
         try:
             kept.write(self.path)
         except (OSError, ValueError) as error:  # a full disk: work goes on, only a killed worker then starts anew
-            self.path.unlink(missing_ok=True)
+            for path in (self.path, self.path.with_name(f".{self.path.name}.tmp")):
+                path.unlink(missing_ok=True)
             say(f"the message under way cannot be kept: {_kind(error)}")
 
     def _answered(self, message: Message, context: Context) -> Message:

@@ -100,6 +100,28 @@ def imported(cache: Path | None = None) -> list[str]:
     return sorted(one.name for one in folder.iterdir() if _DIGEST.fullmatch(one.name)) if folder.is_dir() else []
 
 
+def present(cache: Path | None = None) -> dict[str, str]:
+    """Digests of all base models that this machine has, with where each is: imported, packaged, Hugging Face's cache.
+
+    A packaged model is converted for it, and weights that were never read are hashed: minutes where there are many.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    found = dict.fromkeys(imported(cache), "imported")
+    folders: list[tuple[str, Path | None]] = [(name, None) for name in PACKAGED]
+    for file in sorted(Path(HF_HUB_CACHE).glob("models--*/snapshots/*/config.json")):
+        name = file.parents[2].name.removeprefix("models--").replace("--", "/")
+        folders.append((f"{name}, Hugging Face's cache", file.parent))
+    for name, folder in folders:
+        try:
+            folder = resolve(name, cache) if folder is None else folder
+            _check_folder(folder, name)
+            found.setdefault(base_digest(folder, cache), name)
+        except (ModelError, OSError):
+            continue  # not installed, or not complete: then it is not there
+    return found
+
+
 def import_model(
     source: Path, cache: Path | None = None, *, tell: Callable[[int, int], None] = lambda done, total: None
 ) -> tuple[str, Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -409,6 +410,28 @@ def test_an_imported_model_is_found_by_its_digest_whatever_a_run_calls_it(
     assert find_imported("../" * 5 + "etc") is None
 
 
+def test_a_model_that_the_policy_allows_must_be_here(
+    tmp_path: Path, tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from wardround.common.lm import packaged
+
+    monkeypatch.setenv("WARDROUND_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(packaged, "PACKAGED", {})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    node = new_site(tmp_path)
+    digest = base_digest(tiny_model_path)
+    node.site_toml.write_text(node.site_toml.read_text() + f'allowed_models = ["{digest}"]\n')
+    line = checks._base_model(Node.open(node.site_toml))
+    assert line.state == "error" and "model import" in line.fix
+    shutil.copytree(tiny_model_path, tmp_path / "hub" / "models--some--tiny" / "snapshots" / "abc")
+    line = checks._base_model(Node.open(node.site_toml))
+    assert line.state == "ok" and "some/tiny" in line.text
+    shutil.rmtree(tmp_path / "hub")
+    import_model(tiny_model_path)
+    line = checks._base_model(Node.open(node.site_toml))
+    assert line.state == "ok" and "imported" in line.text
+
+
 def test_a_model_that_cannot_be_whole_is_not_imported(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WARDROUND_CACHE", str(tmp_path / "cache"))
     (tmp_path / "half").mkdir()
@@ -419,8 +442,6 @@ def test_a_model_that_cannot_be_whole_is_not_imported(tmp_path: Path, capsys, mo
 
 
 def test_code_and_pickles_of_a_model_folder_are_not_copied(tmp_path: Path, tiny_model_path: Path):
-    import shutil
-
     source = tmp_path / "source"
     shutil.copytree(tiny_model_path, source)
     (source / "modeling.py").write_text("raise SystemExit")
