@@ -276,6 +276,12 @@ def _die_with_parent() -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def end_with_parent() -> None:
+    """For `preexec_fn` of whoever starts a supervisor: SIGTERM when its own parent dies, so that it drains."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _kill_session(process: subprocess.Popen[bytes]) -> None:
     """Ends whatever a process started and left behind."""
     with suppress(ProcessLookupError):

@@ -16,6 +16,7 @@ import shlex
 import signal
 import socket
 import subprocess
+import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,7 @@ from ..common.config import RunConfig, to_toml
 from ..common.dictionary import dump_dictionary
 from ..common.errors import RunFolderError, WardroundError
 from ..common.files import private_folder, write_atomic
-from ..common.supervisor import read_status
+from ..common.supervisor import end_with_parent, read_status
 from .audit import small_model
 from .federation import divide, load_registry
 from .partition import site_names
@@ -220,6 +221,7 @@ class Deployment:
                     stderr=subprocess.STDOUT,
                     env={**os.environ, **self.environment},
                     start_new_session=True,
+                    preexec_fn=end_with_parent,
                 )
         for party in chosen:
             self.wait_for(party)
@@ -332,12 +334,15 @@ def deployment(
         DeploymentError: a command failed.
     """
     made = Deployment(out.resolve(), config, tell, dict(environment))
-    made.found()
+    # An unhandled SIGTERM would end this process alone, in whatever it was at.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
+        made.found()
         made.start()
         yield made
     finally:
         made.stop()
+        signal.signal(signal.SIGTERM, before)
 
 
 def free_port() -> int:
