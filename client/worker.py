@@ -267,12 +267,13 @@ class Worker:
             del fab
             if self.run_id is None:
                 self.run_id = run.run_id
-            self._begin(message, run.run_id)
             kept = Kept(token, 1, message, context)
             if found != self.settings.bundle:
+                self._begin(message, run.run_id)
                 reply = self._refused(message, found)
             else:
-                self._keep(kept)
+                self._keep(kept)  # first of all: the SuperNode has just forgotten what the message held
+                self._begin(message, run.run_id)
                 reply = self._answered(message, context)
             self._deliver(client, replace(kept, reply=reply))
         except Exception as error:  # noqa: BLE001  its kind is enough for this log
