@@ -36,6 +36,9 @@ from .run_status import RunStatus, refuse
 from .tracking import Progress, SilentProgress
 
 STYPE = "wardround.raw"  # as in client/app.py
+_SITE_CODES = frozenset(
+    {"site", "bundle"}
+)  # all that a site says in place of a reply (client/app.py, client/worker.py)
 _POLL_S = (0.05, 3.0)  # shortest and longest pause between looks for replies
 _TTL_MARGIN_S = 60.0  # the deadline is ours: where Flower's comes first, a silent site looks like a broken wire
 _POLL_SHARE = 0.1  # between them, this share of the time since sending: so much later a reply is found at most
@@ -109,7 +112,8 @@ def _pack(instruction: Instruction, packed: Packed) -> tuple[RecordDict, int]:
 def _answer(node: int, message: Message, bytes_down: int) -> Answer:
     """A Flower reply as an answer; anything but a well-formed message of ours is a failure with a code of ours."""
     if message.has_error():
-        return Answer(node, None, "site" if message.error.reason == "site" else "transport", 0, bytes_down)
+        reason = message.error.reason
+        return Answer(node, None, reason if reason in _SITE_CODES else "transport", 0, bytes_down)
     config = message.content.config_records.get(HEAD_RECORD, {})
     arrays = message.content.array_records.get(VECTOR_RECORD, {})
     head, vectors = config.get("head", b""), {name: array.data for name, array in arrays.items()}

@@ -14,6 +14,7 @@ import sysconfig
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -263,6 +264,8 @@ def run(
     from .deployment import end_run, submit
 
     folder = _open(where)
+    if find_spec("torch") is None:
+        raise ConfigError("torch is not installed here: the round-0 adapter and the final model of a run need it")
     make: Callable[[], object] | None = None
     if resume:
         if dictionary is not None:

@@ -90,11 +90,12 @@ def cost(
     share, n = evaluation["final"]["accuracy"], evaluation["n"]
     alone = Z95 * math.sqrt(share * (1 - share) / n)
     sentences = [
-        f"Training: {steps:,} noised sums of about {drawn:.0f} patients each, over {sites} sites. All noise together is "
-        f"{ratio:.1f} times as long as the gradients could have been had every patient pulled in the same direction. "
+        f"Training: {steps:,} noised sums of about {drawn:.0f} patients each, over {sites} sites. All noise together "
+        f"is {ratio:.1f} times as long as the gradients could have been had every patient pulled in the same "
+        "direction. "
         "With k times the patients in a draw the same noise weighs 1 / k as much.",
-        f"Test results: noise of standard deviation {evaluation['noise']:.1f} on each count makes the final model's 95 % interval "
-        f"{100 * (high - low):.1f} points wide; {n:,} questions without noise give {200 * alone:.1f}.",
+        f"Test results: noise of standard deviation {evaluation['noise']:.1f} on each count makes the final model's "
+        f"95 % interval {100 * (high - low):.1f} points wide; {n:,} questions without noise give {200 * alone:.1f}.",
     ]
     return {
         "training_noise_ratio": ratio if math.isfinite(ratio) else None,

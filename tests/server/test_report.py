@@ -275,7 +275,7 @@ def test_the_page_of_a_private_run_says_what_epsilon_means_and_what_it_cost(tmp_
 
 
 def test_a_reference_has_to_be_a_finished_run_without_privacy(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match="evaluation.json: missing"):
+    with pytest.raises(RunFolderError, match=r"evaluation\.json: missing"):
         check_reference(tmp_path)
     (tmp_path / "evaluation.json").write_text("{}")
     with pytest.raises(RunFolderError, match="holds no comparison"):
