@@ -111,7 +111,9 @@ def test_silence_at_the_deadline_is_an_answer_and_does_not_hold_up_the_others():
     assert (found[2].code, found[2].reply, found[2].bytes_up) == ("silent", None, 0)
 
 
-@pytest.mark.parametrize(("reason", "code"), [("site", "site"), ("bundle", "bundle"), ("Traceback: patient 4711", "transport")])
+@pytest.mark.parametrize(
+    ("reason", "code"), [("site", "site"), ("bundle", "bundle"), ("Traceback: patient 4711", "transport")]
+)
 def test_flowers_own_errors_become_codes_and_their_text_goes_nowhere(reason: str, code: str):
     (answer,) = answers(Grid({2: Error(code=0, reason=reason)}))
     assert (answer.code, answer.reply) == (code, None)

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import logging
 from base64 import b64encode
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -167,8 +168,17 @@ def test_a_node_needs_all_three_headers_and_each_as_it_was_signed(world: dict[st
 
 @pytest.mark.parametrize(("seconds", "word"), [(-600, "-600"), (600, "+600")])
 def test_a_node_whose_clock_is_off_is_told_and_named(
-    world: dict[str, Any], seconds: int, word: str, caplog: pytest.LogCaptureFixture
+    world: dict[str, Any],
+    seconds: int,
+    word: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    log = logging.getLogger("wardround.superlink")
+    # Flower's migrations and this process's own entry configure loggers, in whichever test came first.
+    monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setattr(log, "disabled", False)
+    caplog.set_level(logging.WARNING, logger=log.name)
     world["gate"] = gated(world["app"], world["folder"])  # which has told nobody yet
     headers = signed(world["north"], datetime.now(UTC) + timedelta(seconds=seconds))
     for _ in range(2):

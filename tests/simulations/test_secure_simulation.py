@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Message, RecordDict
 from wardround.client import payload
 from wardround.client.app import unpack
 from wardround.client.payload import Payload
 from wardround.common import sums
-from wardround.common.config import RunConfig, to_toml
-from wardround.common.errors import ConfigError
+from wardround.common.config import RunConfig
 from wardround.common.fixedpoint import rounding_key
 from wardround.common.messages import (
     REPLIES,
@@ -31,7 +30,6 @@ from wardround.common.messages import (
     join,
 )
 from wardround.common.secagg.keys import COUNTS, PURPOSES, TEST, UPDATE, VALIDATION, Advert
-from wardround.server.app import main
 from wardround.server.cohort import QuorumError
 from wardround.server.tracking import SilentProgress
 from wardround.simulations import federation
@@ -344,18 +342,3 @@ def test_one_site_that_is_not_simulated_ends_a_run_in_the_clear_and_not_a_secure
     short = {"rounds": 1, "validation_questions_per_site": 0}
     federation.simulate(settings(tiny_model_path, federation=short), out, resume=False, progress=Real(out))
     assert (out / "evaluation.json").is_file()
-
-
-def test_the_coordinators_app_under_flower_never_adds_up_in_the_clear(tmp_path: Path, tiny_model_path: Path):
-    (tmp_path / "run.toml").write_text(to_toml(settings(tiny_model_path, "none")), encoding="utf-8")
-    run_config = {
-        "config": str(tmp_path / "run.toml"),
-        "dictionary": "support_icu",
-        "roster": str(tmp_path / "roster.json"),
-        "key": str(tmp_path / "coordinator.pem"),
-        "out": str(tmp_path / "out"),
-    }
-    context = Context(0, 0, {}, RecordDict(), run_config)
-    with pytest.raises(ConfigError, match="'none': only a simulation adds up in the clear"):
-        main(federation.InProcessGrid(None, []), context)  # type: ignore[arg-type]
-    assert not (tmp_path / "out").exists()
