@@ -57,6 +57,7 @@ class Party:
     state: Path  # where its logs and status.json are
     fingerprint: str = ""
     process: subprocess.Popen[bytes] | None = None
+    seen: int = 0  # how much of its node's log was there before this start
 
     def pid(self, child: str) -> int | None:
         """The process number of one of its processes, or None: it does not run now."""
@@ -213,6 +214,7 @@ class Deployment:
                 else ("client", "start", "--site", str(party.folder / "site.toml"))
             )
             self.tell(f"wardround {shlex.join(command)} &")
+            party.seen = len(party.log(NODE))
             with (self.out / f"{party.name}.log").open("ab") as output:
                 party.process = subprocess.Popen(
                     [str(WARDROUND), *command],
@@ -227,7 +229,7 @@ class Deployment:
             self.wait_for(party)
 
     def wait_for(self, party: Party, timeout_s: float = _PATIENCE_S) -> None:
-        """Waits until a party is up: the coordinator answers its own `status`, a hospital's node has its number.
+        """Waits until a party is up: the coordinator takes connections, a hospital's node has its number from it.
 
         Raises:
             DeploymentError: its process ended, or it is not up in time.
@@ -248,10 +250,10 @@ class Deployment:
             with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=5):
                 return True
             return False
-        return "SuperNode ID:" in party.log(NODE)
+        return "SuperNode ID:" in party.log(NODE)[party.seen :]
 
     def stop(self, *names: str) -> None:
-        """Ends parties in order, as Ctrl-C would; all without names, hospitals first."""
+        """Ends parties as Ctrl-C would, all at once, each in its own order; all without names."""
         chosen = [self._party(name) for name in names or (*self.hospitals, "coordinator")]
         for party in chosen:
             if party.process is not None and party.process.poll() is None:
