@@ -47,7 +47,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Deploym
                 if path.exists() and json.loads(path.read_bytes())["ended"] is not None:
                     break
                 time.sleep(0.1)
-            yield made, said, listened, talked
+            yield made, list(said), listened, talked
 
 
 class TestAWholeRun:
@@ -87,7 +87,7 @@ class TestAWholeRun:
                 assert str(made.coordinator.folder) not in path.read_text("utf-8", "replace")
 
     def test_the_commands_are_those_of_the_documents(self, finished):
-        """Every command that was run is in the documentation, by its first two words and its options."""
+        """Every command from nothing to the run is in the documentation, by its first two words and its options."""
         _, said, *_ = finished
         text = "".join(path.read_text() for path in (Path(__file__).parents[2] / "docs").glob("deployment*.md"))
         for line in said:
