@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
 from ..common.config import RunConfig
@@ -41,6 +42,17 @@ _SITE_CODES = frozenset(
 )  # all that a site says in place of a reply (client/app.py, client/worker.py)
 _POLL_S = (0.05, 3.0)  # shortest and longest pause between looks for replies
 _TTL_MARGIN_S = 60.0  # the deadline is ours: where Flower's comes first, a silent site looks like a broken wire
+_TIMES = 4  # that one instruction is sent to one node in all
+_RETURN_S = 60.0  # for a node that was there when it was asked: so long Flower waits for its heartbeat as well
+# Flower's words for an answer that will not come, though nothing says that the site could not give it.
+_LOST = frozenset(
+    {
+        ErrorCode.MESSAGE_UNAVAILABLE,
+        ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+        ErrorCode.NODE_UNAVAILABLE,
+        ErrorCode.CLIENT_APP_CRASHED,
+    }
+)
 _POLL_SHARE = 0.1  # between them, this share of the time since sending: so much later a reply is found at most
 
 app = ServerApp()
@@ -52,6 +64,9 @@ class FlowerExchange:
 
     Pulling one reply at a time keeps one update in memory. Replies come in the order in which they arrive, which in the
     in-process grid of a simulation is that of `nodes`.
+
+    A message that was lost with the process that had it is sent again, as it was, once its node is back: sites answer
+    the identical instruction with the identical bytes (docs/secure-sums.md, "Once").
     """
 
     grid: Grid
@@ -63,6 +78,39 @@ class FlowerExchange:
 
     def ask(self, instructions: Mapping[int, Instruction]) -> Iterator[Answer]:
         """One answer for every node: its reply, its failure, or silence when the deadline has passed."""
+        here, sent = set(self.grid.get_node_ids()), time.monotonic()
+        pending, sizes = self._send(instructions)
+        times = dict.fromkeys(instructions, 1)
+        away: dict[int, float] = {}  # since when
+        while pending or away:
+            for node, message_id in list(pending.items()):
+                for message in self.grid.pull_messages([message_id]):
+                    del pending[node]
+                    if _is_lost(message) and node in here and times[node] < _TIMES:
+                        away[node] = time.monotonic()
+                    else:
+                        yield _answer(node, message, sizes[node])
+            waited = time.monotonic() - sent
+            late = waited >= self.timeout_s
+            if late:
+                for node in pending:
+                    yield Answer(node, None, "silent", 0, sizes[node])
+                pending.clear()
+            back = away.keys() & set(self.grid.get_node_ids()) if away and not late else set[int]()
+            for node in [node for node in away if node not in back]:
+                if late or sent + waited - away[node] >= _RETURN_S:
+                    del away[node]
+                    yield Answer(node, None, "transport", 0, sizes[node])
+            if back:
+                pending |= self._send({node: instructions[node] for node in sorted(back)})[0]
+                for node in back:
+                    del away[node]
+                    times[node] += 1
+            if pending or away:
+                time.sleep(min(max(_POLL_S[0], _POLL_SHARE * waited), _POLL_S[1]))
+
+    def _send(self, instructions: Mapping[int, Instruction]) -> tuple[dict[int, str], dict[int, int]]:
+        """Every node's message number and its size in bytes."""
         sizes: dict[int, int] = {}
         # One instruction for all is packed once; of several that differ in their receipt, the vectors are.
         packed: dict[int, tuple[RecordDict, int]] = {}
@@ -81,21 +129,12 @@ class FlowerExchange:
                     ttl=self.timeout_s + _TTL_MARGIN_S,
                 )
             )
-        pending = dict(zip(instructions, self.grid.push_messages(messages), strict=True))
-        del messages, packed, vectors
-        sent = time.monotonic()
-        while pending:
-            for node, message_id in list(pending.items()):
-                for message in self.grid.pull_messages([message_id]):
-                    del pending[node]
-                    yield _answer(node, message, sizes[node])
-            waited = time.monotonic() - sent
-            if pending and waited >= self.timeout_s:
-                for node in pending:
-                    yield Answer(node, None, "silent", 0, sizes[node])
-                return
-            if pending:
-                time.sleep(min(max(_POLL_S[0], _POLL_SHARE * waited), _POLL_S[1]))
+        return dict(zip(instructions, self.grid.push_messages(messages), strict=True)), sizes
+
+
+def _is_lost(message: Message) -> bool:
+    """Whether Flower says that a message or its answer went with the process that had it."""
+    return message.has_error() and message.error.code in _LOST
 
 
 def _pack(instruction: Instruction, packed: Packed) -> tuple[RecordDict, int]:

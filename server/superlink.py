@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.errors import ConfigError, WardroundError
+from . import fleet
 from .certificates import check_server
 from .coordinator import CONTROL_HEADER, CoordinatorFolder
 from .gate import Allowed, Application, Bodies, Failures, NodeKeys, Routes, Sockets, Token, listen
@@ -96,39 +97,6 @@ def loopback_routes(routes: Routes) -> Routes:
     )
 
 
-def end_runs_gently() -> None:
-    """Answers a node that is fetching a message of a run that ended as of a message that is gone.
-
-    flwr 1.41 refuses it with the run's status, which its SuperNode takes as a reason to drop what it is doing: half of
-    the message stays in the SuperNode, its executor waits for the other half for ever, and the hospital answers nobody
-    until it is started again. What is gone, it cleans up after.
-    """
-    from flwr.proto.message_pb2 import ConfirmMessageReceivedResponse, PullObjectResponse
-    from flwr.supercore.error import ApiErrorCode, FlowerError
-    from flwr.superlink.servicer.fleet import fleet_handlers
-
-    gone = {
-        "pull_object": lambda: PullObjectResponse(object_found=False, object_available=False),
-        "confirm_message_received": ConfirmMessageReceivedResponse,
-    }
-
-    def gentle(handler: Callable[..., Any], otherwise: Callable[[], Any]) -> Callable[..., Any]:
-        def answered(*arguments: Any, **named: Any) -> Any:
-            try:
-                return handler(*arguments, **named)
-            except FlowerError as error:
-                if error.code != ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED:
-                    raise
-                return otherwise()
-
-        return answered
-
-    for name, otherwise in gone.items():
-        handler = getattr(fleet_handlers, name)
-        if handler.__module__ == fleet_handlers.__name__:  # once
-            setattr(fleet_handlers, name, gentle(handler, otherwise))
-
-
 def make_app(folder: CoordinatorFolder) -> FastAPI:
     """Flower's application, with its database open and the node keys in it."""
     from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
@@ -136,7 +104,7 @@ def make_app(folder: CoordinatorFolder) -> FastAPI:
     from flwr.superlink.config_loader import SuperLinkLifespanConfig
     from flwr.superlink.main import create_app
 
-    end_runs_gently()
+    fleet.install()
     tls = folder.tls
     config = SuperLinkLifespanConfig(
         control_address="",  # of gRPC, which is off

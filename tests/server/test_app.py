@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from wardround.client.app import app as client
 from wardround.client.app import pack
 from wardround.common.config import CoordinatorConfig, RunConfig, packaged, to_toml
@@ -118,6 +119,74 @@ def test_flowers_own_errors_become_codes_and_their_text_goes_nowhere(reason: str
     (answer,) = answers(Grid({2: Error(code=0, reason=reason)}))
     assert (answer.code, answer.reply) == (code, None)
     assert "4711" not in repr(answer)
+
+
+class Lossy(Grid):
+    """Loses the first messages to a node, each with the next of the codes given; `gone` at the looks given."""
+
+    def __init__(self, codes: dict[int, list[int]], gone: dict[int, range] | None = None) -> None:
+        super().__init__({node: good(node) for node in codes})
+        self.codes, self.gone, self.look = codes, gone or {}, 0
+        self.received: list[tuple[int, RecordDict]] = []
+
+    def get_node_ids(self) -> Iterable[int]:
+        self.look += 1
+        return [node for node in self.answers if self.look - 1 not in self.gone.get(node, ())]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        asked = list(messages)
+        self.received += [(one.metadata.dst_node_id, one.content) for one in asked]
+        before = [one for one in self.sent if one.metadata.dst_node_id not in {n.metadata.dst_node_id for n in asked}]
+        names = list(super().push_messages(asked))
+        self.sent = before + asked
+        for node in map(int, names):
+            code = self.codes[node].pop(0) if self.codes[node] else None
+            self.answers[node] = good(node) if code is None else Error(code=code, reason="Flower's words")
+        return names
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE,
+        ErrorCode.CLIENT_APP_CRASHED,
+    ],
+)  # fmt: skip
+def test_what_was_lost_on_its_way_is_sent_again_as_it_was_to_that_node_alone(code: int):
+    grid = Lossy({2: [code, code], 3: []})
+    found = {answer.node: answer for answer in answers(grid)}
+    assert found[2].reply == reply_of(2) and found[3].reply == reply_of(3)
+    assert [node for node, _ in grid.received] == [2, 3, 2, 2]
+    first, _, *again = [sent for _, sent in grid.received]
+    assert all(sent == first for sent in again)
+
+
+def test_a_node_that_loses_all_it_is_sent_has_failed():
+    grid = Lossy({2: [ErrorCode.NODE_UNAVAILABLE] * 100})
+    (answer,) = answers(grid)
+    assert answer.code == "transport" and len(grid.received) == server._TIMES
+
+
+def test_a_node_that_goes_away_is_waited_for_and_asked_again_when_it_is_back():
+    grid = Lossy({2: [ErrorCode.NODE_UNAVAILABLE]}, gone={2: range(1, 30)})
+    (answer,) = answers(grid)
+    assert answer.code == "" and grid.look >= 30 and len(grid.received) == 2
+
+
+def test_a_node_that_was_not_there_when_it_was_asked_is_not_waited_for():
+    grid = Lossy({2: [ErrorCode.NODE_UNAVAILABLE], 3: []}, gone={2: range(10**9)})
+    found = {answer.node: answer.code for answer in answers(grid)}
+    assert found == {2: "transport", 3: ""} and len(grid.received) == 2
+
+
+@pytest.mark.parametrize(("timeout_s", "patience_s"), [(60.0, 0.05), (0.05, 60.0)])
+def test_a_node_that_stays_away_has_failed_after_its_time_or_at_the_deadline(
+    timeout_s: float, patience_s: float, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(server, "_RETURN_S", patience_s)
+    grid = Lossy({2: [ErrorCode.NODE_UNAVAILABLE]}, gone={2: range(1, 10**9)})
+    (answer,) = answers(grid, timeout_s)
+    assert (answer.code, answer.reply) == ("transport", None) and len(grid.received) == 1
 
 
 def content(head: Any, **vectors: bytes) -> RecordDict:
