@@ -237,6 +237,7 @@ def pin(node: Node, offer: Offer, roster_file: Path, verified: Sequence[str]) ->
         },
     )
     write_atomic(node.invitation_path, offer.invitation.to_json().encode())
+    node.write_authority(offer.invitation)
 
 
 def unpin(node: Node) -> None:

@@ -182,6 +182,12 @@ class Node:
             ) from None
         return Invitation.parse(data, str(self.invitation_path))
 
+    def write_authority(self, invitation: Invitation) -> Path:
+        """The authority of an invitation, as a SuperNode reads it."""
+        path = self.state / "ca.pem"
+        write_atomic(path, invitation.ca_certificate.encode("ascii"))
+        return path
+
     def running(self) -> int | None:
         """The process that runs this site, or None."""
         return holder(self.lock_path)
@@ -219,8 +225,7 @@ class Node:
             ConfigError: Flower is not installed, or a way of hardening is missing.
         """
         invitation, environment = self.invitation, self.environment()
-        authority, secret = self.state / "ca.pem", self.state / "runtime.secret"
-        write_atomic(authority, invitation.ca_certificate.encode("ascii"))
+        authority, secret = self.write_authority(invitation), self.state / "runtime.secret"
         write_atomic(secret, secrets.token_hex(32).encode("ascii"))
         command = supernode_command(
             address=invitation.address, port=port, authority=authority, key=self.key_path, secret=secret

@@ -98,14 +98,19 @@ def registry(name: str, out: Path) -> None:
 
 @simulate.command(
     epilog="Examples: wardround simulate deploy --out runs/deploy   ·   "
-    "wardround simulate deploy my-run.toml --out runs/deploy --keep"
+    "wardround simulate deploy my-run.toml --out runs/deploy --keep   ·   "
+    "wardround simulate deploy --set simulation.sites=5 --stock 1 --out runs/deploy"
 )
 @click.argument("config", type=click.Path(path_type=Path), default=Path("deploy-demo"))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder for everybody's folders.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a config key; `none` unsets it.")
+@click.option(
+    "--stock", type=click.IntRange(0), default=0, show_default=True, metavar="N",
+    help="So many of the hospitals run Flower's own flower-supernode and flower-superexec, not `client start`.",
+)  # fmt: skip
 @click.option("--keep", is_flag=True, help="Leave coordinator and hospitals running afterwards, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="Print evaluation.json instead of the table; no progress.")
-def deploy(config: Path, out: Path, overrides: tuple[str, ...], keep: bool, as_json: bool) -> None:
+def deploy(config: Path, out: Path, overrides: tuple[str, ...], stock: int, keep: bool, as_json: bool) -> None:
     """Deploy a consortium for real on this machine, from nothing, and run CONFIG on it.
 
     A coordinator and hospitals as processes of their own over TLS on loopback, set up, enrolled, started and run by the
@@ -115,12 +120,15 @@ def deploy(config: Path, out: Path, overrides: tuple[str, ...], keep: bool, as_j
     import signal
 
     from ..common import config as configs
+    from ..common.errors import ConfigError
     from ..server.evaluate import baselines, table, verdict, without_warmup
     from . import deployment
 
     settings = configs.load_run(config, overrides)
+    if stock > settings.simulation.sites:
+        raise ConfigError(f"--stock: expected at most simulation.sites = {settings.simulation.sites}, got {stock}")
     tell = (lambda line: click.echo(f"$ {line}", err=True)) if not as_json else (lambda _line: None)
-    with deployment.deployment(out, settings, tell) as made:
+    with deployment.deployment(out, settings, tell, stock) as made:
         made.run(follow=None if as_json else lambda line: click.echo(f"    {line}", err=True))
         evaluation = json.loads((made.run_folder / "evaluation.json").read_bytes())
         if as_json:

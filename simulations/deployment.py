@@ -3,7 +3,8 @@
 Run by anyone (`wardround simulate deploy`) and by tests/deployment. Enters: a run's config, an open registry. Leaves: a
 folder with everybody's folder in it. Every step is a `wardround server` or `wardround client` command in a process of
 its own, over TLS on loopback: nothing is called that a person at a hospital could not type. What people do by telephone
-and mail is done here by reading what the commands print. Private: nothing; registries are open or synthetic.
+and mail is done here by reading what the commands print. Some of the hospitals may run Flower's own SuperNode and
+executor in the place of `wardround client start`. Private: nothing; registries are open or synthetic.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,14 @@ from .partition import site_names
 WARDROUND = Path(sysconfig.get_path("scripts")) / "wardround"
 NODE = "supernode"  # the process of a hospital that talks to the coordinator
 _FINGERPRINT = re.compile(r"\b[A-Z2-7]{4}(?: [A-Z2-7]{4}){7}\b")
+# What docs/deployment-site.md says to set for Flower's own programs: nothing is reported, looked up or installed.
+STOCK_ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
 _PATIENCE_S = 180.0  # for a process to come up, on a busy machine
 _STOP_S = 90.0
 
@@ -50,7 +59,10 @@ class DeploymentError(WardroundError):
 
 @dataclass(eq=False)
 class Party:
-    """A coordinator or a hospital: its folder, and the process of its `start` command while that runs."""
+    """A coordinator or a hospital: its folder, and the process of its `start` command while that runs.
+
+    A stock one has no such command: its process is Flower's SuperNode, and `executor` Flower's executor.
+    """
 
     name: str
     folder: Path
@@ -58,6 +70,8 @@ class Party:
     fingerprint: str = ""
     process: subprocess.Popen[bytes] | None = None
     seen: int = 0  # how much of its node's log was there before this start
+    stock: bool = False
+    executor: subprocess.Popen[bytes] | None = None
 
     def pid(self, child: str) -> int | None:
         """The process number of one of its processes, or None: it does not run now."""
@@ -79,12 +93,14 @@ class Deployment:
         config: the run that it is for.
         tell: called with every command before it is run.
         environment: of every process beside this one's own.
+        stock: how many of the hospitals, the last ones, run Flower's own programs.
     """
 
     out: Path
     config: RunConfig
     tell: Callable[[str], None] = lambda _: None
     environment: dict[str, str] = field(default_factory=dict[str, str])
+    stock: int = 0
     coordinator: Party = field(init=False)
     port: int = field(init=False, default=0)
     hospitals: dict[str, Party] = field(init=False, default_factory=dict[str, Party])
@@ -149,6 +165,8 @@ class Deployment:
         self.coordinator.fingerprint = _fingerprint(said)
         for name, table in tables.items():
             self.hospitals[name] = self._init(name, table)
+        for name in [*tables][len(tables) - self.stock :]:
+            self.hospitals[name].stock = True
         self.enroll(*self.hospitals)
         for name in self.hospitals:
             self.join(name)
@@ -208,25 +226,68 @@ class Deployment:
         """
         chosen = [self._party(name) for name in names or ("coordinator", *self.hospitals)]
         for party in chosen:
+            party.seen = len(party.log(NODE))
+            if party.stock:
+                self._start_stock(party)
+                continue
             command = (
                 ("server", "start", "-C", str(party.folder))
                 if party is self.coordinator
                 else ("client", "start", "--site", str(party.folder / "site.toml"))
             )
-            self.tell(f"wardround {shlex.join(command)} &")
-            party.seen = len(party.log(NODE))
-            with (self.out / f"{party.name}.log").open("ab") as output:
-                party.process = subprocess.Popen(
-                    [str(WARDROUND), *command],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env={**os.environ, **self.environment},
-                    start_new_session=True,
-                    preexec_fn=end_with_parent,
-                )
+            party.process = self._popen([str(WARDROUND), *command], self.out / f"{party.name}.log")
         for party in chosen:
             self.wait_for(party)
+
+    def _start_stock(self, party: Party) -> None:
+        """Flower's SuperNode and executor with the options of docs/deployment-site.md, and nothing of ours before."""
+        state, port = party.state, free_port()
+        private_folder(state / "logs")
+        secret = state / "stock.secret"
+        write_atomic(secret, secrets.token_hex(32).encode())
+        path = os.pathsep.join(
+            [str(WARDROUND.parent), os.environ.get("PATH", os.defpath)]
+        )  # of an activated environment
+        environment = {**STOCK_ENVIRONMENT, "FLWR_HOME": str(state / "flower"), "PATH": path}
+        party.process = self._popen(
+            [
+                str(WARDROUND.with_name("flower-supernode")),
+                "--superlink", f"127.0.0.1:{self.port}",
+                "--root-certificates", str(state / "ca.pem"),
+                "--auth-supernode-private-key", str(state / "node.pem"),
+                "--isolation", "process",
+                "--superexec-auth-secret-file", str(secret),
+                "--host", "127.0.0.1",
+                "--port", str(port),
+                "--node-config", f'site="{self.site_toml(party.name)}"',
+            ],
+            state / "logs" / f"{NODE}.log",
+            environment,
+        )  # fmt: skip
+        party.executor = self._popen(
+            [
+                str(WARDROUND.with_name("flower-superexec")), "--insecure",
+                "--superexec-auth-secret-file", str(secret),
+                "--runtime-api-address", f"127.0.0.1:{port}",
+            ],
+            state / "logs" / "superexec.log",
+            environment,
+        )  # fmt: skip
+
+    def _popen(
+        self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        self.tell(f"{Path(command[0]).name} {shlex.join(command[1:])} &")
+        with log.open("ab") as output:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self.environment, **(environment or {})},
+                start_new_session=True,
+                preexec_fn=end_with_parent,
+            )
 
     def wait_for(self, party: Party, timeout_s: float = _PATIENCE_S) -> None:
         """Waits until a party is up: the coordinator takes connections, a hospital's node has its number from it.
@@ -237,8 +298,11 @@ class Deployment:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if party.process is not None and (code := party.process.poll()) is not None:
-                said = (self.out / f"{party.name}.log").read_text("utf-8", "replace").strip().splitlines()[-3:]
-                raise DeploymentError(f"{party.name}: ended with exit code {code}: {' '.join(said)}")
+                said = (
+                    party.log(NODE) if party.stock else (self.out / f"{party.name}.log").read_text("utf-8", "replace")
+                )
+                last = " ".join(said.strip().splitlines()[-3:])
+                raise DeploymentError(f"{party.name}: ended with exit code {code}: {last}")
             if self._is_up(party):
                 return
             time.sleep(0.3)
@@ -255,18 +319,18 @@ class Deployment:
     def stop(self, *names: str) -> None:
         """Ends parties as Ctrl-C would, all at once, each in its own order; all without names."""
         chosen = [self._party(name) for name in names or (*self.hospitals, "coordinator")]
-        for party in chosen:
-            if party.process is not None and party.process.poll() is None:
-                party.process.send_signal(signal.SIGTERM)
-        for party in chosen:
-            if party.process is None:
-                continue
+        running = [one for party in chosen for one in (party.executor, party.process) if one is not None]
+        for process in running:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in running:
             try:
-                party.process.wait(_STOP_S)
+                process.wait(_STOP_S)
             except subprocess.TimeoutExpired:
-                party.process.kill()
-                party.process.wait()
-            party.process = None
+                process.kill()
+                process.wait()
+        for party in chosen:
+            party.process = party.executor = None
 
     def kill(self, name: str, child: str) -> int:
         """kill -9 of one process of a party; gives its number.
@@ -327,15 +391,15 @@ class Deployment:
 
 @contextmanager
 def deployment(
-    out: Path, config: RunConfig, tell: Callable[[str], None] = lambda _: None, **environment: str
+    out: Path, config: RunConfig, tell: Callable[[str], None] = lambda _: None, stock: int = 0, **environment: str
 ) -> Iterator[Deployment]:
-    """A founded and started consortium; everything ends with the block.
+    """A founded and started consortium; everything ends with the block. Arguments as of `Deployment`.
 
     Raises:
         RunFolderError: the folder is not empty.
         DeploymentError: a command failed.
     """
-    made = Deployment(out.resolve(), config, tell, dict(environment))
+    made = Deployment(out.resolve(), config, tell, dict(environment), stock)
     # An unhandled SIGTERM would end this process alone, in whatever it was at.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
