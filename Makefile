@@ -48,9 +48,11 @@ demo: $(READY)  ## the main job: 4 hospitals, real ICU patients, a real model (O
 demo-private: $(READY)  ## the demo with patient-level differential privacy; after `make demo`, also what that cost
 	$(BIN)/wardround simulate run configs/demo-private.toml --out runs/demo-private --resume $(if $(wildcard runs/demo/model/provenance.json),--reference runs/demo)
 
-deploy-demo: $(READY)  ## a consortium for real on this machine: coordinator, four hospitals, TLS, enrolment, a private run
+# Four hospitals run `wardround client start`, the fifth Flower's own SuperNode and executor.
+deploy-demo: $(READY)  ## a consortium for real on this machine: coordinator, five hospitals, TLS, enrolment, a private run
 	rm -rf runs/deploy-demo
-	$(BIN)/wardround simulate deploy deploy-demo --out runs/deploy-demo
+	$(BIN)/wardround simulate deploy deploy-demo --out runs/deploy-demo --stock 1 \
+	  --set simulation.sites=5 --set evaluation.questions_per_site=12
 
 soak: $(READY)  ## the same under random kills of its processes, twelve rounds, at most 30 minutes
 	rm -rf runs/soak

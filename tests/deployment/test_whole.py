@@ -30,17 +30,20 @@ def settings(rounds: int, *more: str) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Deployment, list[str], set[str], set[str]]]:
-    """A run of two rounds; the commands that it took, and every address that anybody listened on or talked to."""
+    """A run of two rounds, with a fifth hospital that runs Flower's own programs.
+
+    The commands that it took, and every address that anybody listened on or talked to.
+    """
     out, said = tmp_path_factory.mktemp("whole") / "d", []
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("CI", raising=False)  # with it set, trl's trainers do not call their hub anyway
-        with deployment(out, settings(2), said.append) as made:
+        with deployment(out, settings(2, "simulation.sites=5"), said.append, stock=1) as made:
             made.submit()
             listened, talked, deadline = set[str](), set[str](), time.monotonic() + 1200
             while time.monotonic() < deadline:
-                pids = {
-                    pid for one in (made.coordinator, *made.hospitals.values()) for pid in descendants(one.process.pid)
-                }
+                parties = (made.coordinator, *made.hospitals.values())
+                own = [process for one in parties for process in (one.process, one.executor) if process is not None]
+                pids = {pid for process in own for pid in descendants(process.pid)}
                 for state, local, remote in sockets(pids):
                     (listened if state == "listen" else talked).add(local if state == "listen" else remote)
                 path = made.run_folder / "progress.json"
@@ -63,6 +66,13 @@ class TestAWholeRun:
         assert json.dumps(status).count('"site-0') >= 4
         made.stop()
         assert check_records(made) == []
+
+    def test_a_stock_supernode_takes_part_in_every_round(self, finished):
+        made, *_ = finished
+        rounds = [json.loads(line) for line in (made.run_folder / "rounds.jsonl").read_text().splitlines()]
+        assert [record["sites"] for record in rounds] == [sorted(made.hospitals)] * 2
+        (fifth,) = [party for party in made.hospitals.values() if party.stock]
+        assert not (fifth.state / "status.json").exists() and "SuperNode ID:" in fifth.log("supernode")
 
     def test_nobody_listens_or_talks_but_on_loopback(self, finished):
         made, _, listened, talked = finished
@@ -92,7 +102,7 @@ class TestAWholeRun:
         text = "".join(path.read_text() for path in (Path(__file__).parents[2] / "docs").glob("deployment*.md"))
         for line in said:
             words = shlex.split(line.removesuffix(" &"))
-            assert words[0] == "wardround" and " ".join(words[:3]) in text, line
+            assert " ".join(words[:3] if words[0] == "wardround" else words[:2]) in text, line
             for option in (word for word in words if re.fullmatch(r"--[a-z-]+", word)):
                 assert option in text or option in ("--site", "--json", "--wait"), line
 
