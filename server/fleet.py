@@ -1,4 +1,4 @@
-"""What is different here of Flower's Fleet API, by which hospitals' SuperNodes are served: two answers of flwr 1.41.
+"""What is different here of Flower's Fleet API, by which hospitals' SuperNodes are served: three answers of flwr 1.41.
 
 Run by the coordinator, in the SuperLink's process (server/superlink.py), once before its application is made. Enters:
 Flower's handlers. Leaves: the same, each around the one before. Private: nothing; messages are not looked at. What is
@@ -37,6 +37,7 @@ def install(clock: Callable[[], float] = time.monotonic) -> None:
     heard = LastHeard(clock)
     for name in ("pull_object", "confirm_message_received"):
         _replace(fleet_handlers, name, _gently(name, getattr(fleet_handlers, name)))
+    _replace(fleet_handlers, "pull_messages", _anew(fleet_handlers.pull_messages))
     for name in _OF_A_NODE:
         _replace(fleet_handlers, name, heard.noting(getattr(fleet_handlers, name)))
     _replace(fleet_handlers, "activate_node", heard.letting_in(fleet_handlers.activate_node))
@@ -71,6 +72,29 @@ def _gently(name: str, handler: Handler) -> Handler:
             return otherwise()
 
     return answered
+
+
+def _anew(handler: Handler) -> Handler:
+    """Hands out the next message to a node, after what it had and never answered was given up.
+
+    A SuperNode asks for a message when it is done with the one before, and never has two. What it still owes then is
+    lost: the network broke while the message was handed over, or while its pieces or its answer's were on their way,
+    after which a SuperNode drops both. Flower takes the message for delivered, and the coordinator's phase would wait
+    for it until its deadline.
+    """
+
+    def handed_out(request: Any, state: Any, *arguments: Any, **named: Any) -> Any:
+        _give_up(state, request.node.node_id, "a node asks for more; %d of its messages were lost on the way")
+        return handler(request, state, *arguments, **named)
+
+    return handed_out
+
+
+def _give_up(state: Any, node: int, line: str) -> None:
+    """Whoever waits for an answer of what a node had hears that it is gone (server/app.py asks again), not nothing."""
+    if lost := taken(state, node):
+        _LOG.info(line + ": asked again", len(lost))
+        state.delete_messages(message_ins_ids=lost)
 
 
 class LastHeard:
@@ -108,10 +132,7 @@ class LastHeard:
                 state.deactivate_node(node)  # False: it was not online
             reply = handler(request, state)
             self._heard[reply.node_id] = self._clock()
-            if lost := taken(state, reply.node_id):
-                _LOG.info("a node is back; %d of its messages were lost with its process: asked again", len(lost))
-                # Whoever waits for an answer hears that the message is gone (server/app.py), not nothing.
-                state.delete_messages(message_ins_ids=lost)
+            _give_up(state, reply.node_id, "a node is back; %d of its messages were lost with its process")
             return reply
 
         return let_in

@@ -167,16 +167,36 @@ def test_of_what_a_killed_node_had_taken_the_coordinator_hears_at_once_that_it_i
 
 
 def test_an_answer_that_had_arrived_counts_and_half_of_one_does_not(world: World):
-    questions = [world.question(), world.question()]
-    assert len(world.asks() + world.asks()) == 2
-    whole, half = questions
-    world.answer(whole)
-    world.answer(half, pieces=1)
+    whole, half = world.question(), world.question()
+    answers = {whole: None, half: 1}  # pieces
+    for _ in answers:
+        (message,) = world.asks()
+        world.answer(message.metadata.message_id, answers[message.metadata.message_id])
     assert taken(world.state, world.node) == {half}
     world.now += SILENT_S
     world.activate()
     assert world.outcome(whole) == 0
     assert world.outcome(half) == ErrorCode.MESSAGE_UNAVAILABLE
+
+
+@pytest.mark.parametrize("arrived", [0, 1])
+def test_what_a_node_still_owes_when_it_asks_for_more_is_lost(world: World, arrived: int):
+    """The network broke while the message was handed over, or when a piece of its answer had arrived."""
+    question = world.question()
+    assert len(world.asks()) == 1
+    if arrived:
+        world.answer(question, pieces=arrived)
+    assert world.asks() == []
+    assert world.outcome(question) == ErrorCode.MESSAGE_UNAVAILABLE
+
+
+def test_what_a_node_has_not_taken_or_has_answered_is_not_lost_when_it_asks_for_more(world: World):
+    first, second = world.question(), world.question()
+    handed = [message.metadata.message_id for message in world.asks()]
+    world.answer(*handed)
+    handed += [message.metadata.message_id for message in world.asks()]
+    assert {first, second} == set(handed)
+    assert [world.outcome(question) for question in handed] == [0, None]
 
 
 def test_the_handlers_are_changed_once_and_all_that_name_a_node_are(world: World):
