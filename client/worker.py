@@ -48,9 +48,20 @@ from flwr.common.constant import SubStatus  # noqa: E402
 from flwr.common.serde import context_from_proto, context_to_proto, message_from_proto, message_to_proto  # noqa: E402
 from flwr.proto.message_pb2 import Context as ContextProto  # noqa: E402
 from flwr.proto.message_pb2 import Message as MessageProto  # noqa: E402
-from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest  # noqa: E402
+from flwr.proto.node_pb2 import Node  # noqa: E402
+from flwr.proto.runtime_pb2 import (  # noqa: E402
+    AcquireTaskRequest,
+    PullAppMessagesRequest,
+    PullTaskInputRequest,
+    SendTaskHeartbeatRequest,
+)
 from flwr.supercore.constant import TaskType  # noqa: E402
 from flwr.supercore.heartbeat import HeartbeatSender  # noqa: E402
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (  # noqa: E402
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree  # noqa: E402
 from flwr.supercore.interceptors import (  # noqa: E402
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -58,7 +69,8 @@ from flwr.supercore.interceptors import (  # noqa: E402
 )
 from flwr.supercore.retry import RetryInvoker, exponential  # noqa: E402
 from flwr.supercore.runtime import RuntimeHttpClient  # noqa: E402
-from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output  # noqa: E402
+from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
+from flwr.supernode.runtime.run_clientapp import push_message, push_task_output  # noqa: E402
 
 from ..common.files import write_atomic  # noqa: E402
 from ..common.key_file import read_secret  # noqa: E402
@@ -66,12 +78,14 @@ from . import gate, site  # noqa: E402
 from .app import app  # noqa: E402
 
 POLL_S = 0.1  # between looks for a task
+PULL_S = (0.02, 0.5)  # between looks for a message that is still on its way to the SuperNode
 DRAIN_S = 60.0  # for the message under way, after SIGTERM
 SEND_S = 3.0  # the SuperNode looks for replies every half second; it is stopped after this process
 MAX_TRIES = 2  # of one message, over processes
 GROWTH_BYTES = 1 << 30  # more than after the first message of every phase so far, and more than half of that again
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _RETRY_S = 120.0  # a SuperNode that does not answer for so long is not coming back for this task
+_NAMELESS_S = 10.0  # a SuperNode stores a message's name right after it has made the task
 _PROGRESS_S = 1.0
 _KNOWN_PHASES = frozenset(kind.ROUTE for kind in gate.WORK)
 _MOST_KEPT = 1 << 31  # protobuf takes no more
@@ -262,18 +276,16 @@ class Worker:
         beat = HeartbeatSender(lambda: _heartbeat(client))
         try:
             beat.start()
-            message, context, run, fab = pull_task_input(client)
-            found = hashlib.sha256(fab.content).hexdigest()
-            del fab
+            message, context, found = pull_input(client)
             if self.run_id is None:
-                self.run_id = run.run_id
+                self.run_id = context.run_id
             kept = Kept(token, 1, message, context)
             if found != self.settings.bundle:
-                self._begin(message, run.run_id)
+                self._begin(message, context.run_id)
                 reply = self._refused(message, found)
             else:
                 self._keep(kept)  # first of all: the SuperNode has just forgotten what the message held
-                self._begin(message, run.run_id)
+                self._begin(message, context.run_id)
                 reply = self._answered(message, context)
             self._deliver(client, replace(kept, reply=reply))
         except Exception as error:  # noqa: BLE001  its kind is enough for this log
@@ -409,6 +421,38 @@ class Worker:
         }
         with suppress(OSError):
             write_atomic(self.settings.folder / "worker.json", json.dumps(content).encode() + b"\n")
+
+
+def pull_input(client: RuntimeHttpClient) -> tuple[Message, Context, str]:
+    """A task's message and context, and the SHA-256 of the bundle that came with it, hexadecimal.
+
+    As flwr's `pull_task_input`, which a process calls that took seconds to start. A SuperNode has the task before it
+    has the message, and this process is there at once: flwr would fail where the message has no name yet, and pause 1,
+    2, 4 … s where its bytes are still coming.
+
+    Raises:
+        RuntimeError, ObjectPullError: the SuperNode did not get the message.
+    """
+    given = client.PullTaskInput(PullTaskInputRequest())
+    context, node = context_from_proto(given.context), Node(node_id=given.context.node_id)
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = given.task_id, given.run.run_id, node.node_id
+    began = time.monotonic()
+    while not (found := client.PullMessages(PullAppMessagesRequest())).messages_list:
+        if time.monotonic() - began > _NAMELESS_S:
+            raise RuntimeError("a task without a message")
+        time.sleep(PULL_S[0])
+    tree = found.message_object_trees[0]
+    message = pull_and_inflate_object_from_tree(
+        tree,
+        make_pull_object_fn_protobuf(client.PullObject, node, context.run_id),
+        make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, context.run_id),
+        return_type=Message,
+        max_tries_per_object=None,  # as many as there is time for
+        initial_backoff=PULL_S[0],
+        backoff_cap=PULL_S[1],
+    )
+    message.metadata.__dict__["_message_id"] = tree.object_id  # as `pull_task_input` does
+    return message, context, hashlib.sha256(given.fab.content).hexdigest()
 
 
 def _heartbeat(client: RuntimeHttpClient) -> bool:

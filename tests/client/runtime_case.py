@@ -22,14 +22,18 @@ import uvicorn
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.main import create_app
 from flwr.supernode.nodestate import NodeStateFactory
-from flwr.supernode.start_client_internal import _insert_message
 from wardround.client.app import pack
 from wardround.client.node import ENVIRONMENT, fab, free_port
 from wardround.common.messages import Instruction, split
@@ -72,8 +76,17 @@ class Runtime:
             server.should_exit = True
             thread.join(10)
 
-    def send(self, instruction: Instruction, *, run: int = 1, bundle: bytes | None = None, route: str = "") -> Message:
-        """A message for a task, as the SuperNode stores one that it has pulled."""
+    def send(
+        self,
+        instruction: Instruction,
+        *,
+        run: int = 1,
+        bundle: bytes | None = None,
+        route: str = "",
+        name_after_s: float = 0.0,
+        rest_after_s: float = 0.0,
+    ) -> Message:
+        """A message for a task, as the SuperNode stores one that it is pulling: task, name, then the rest."""
         content = fab() if bundle is None else bundle
         digest = hashlib.sha256(content).hexdigest()
         if self.state.get_run(run) is None:
@@ -87,7 +100,14 @@ class Runtime:
             group_id=str(instruction.round_index),
         )  # fmt: skip
         assert self.state.create_task(task_type=TaskType.CLIENT_APP, run_id=run, fab_hash=digest) is not None
-        _insert_message(message, self.state, self.store)
+        time.sleep(name_after_s)
+        with no_object_id_recompute():
+            message.metadata.__dict__["_message_id"] = message.object_id
+            self.store.preregister(run, get_object_tree(message))
+            self.state.store_message(message)
+            time.sleep(rest_after_s)
+            for name, part in get_all_nested_objects(message).items():
+                self.store.put(name, part.deflate())
         return message
 
     def reply(self) -> Message:

@@ -15,6 +15,7 @@ from flwr.cli.build import build_fab_from_files
 from flwr.clientapp import ClientApp
 from flwr.supercore.corestate.in_memory_corestate import InMemoryCoreState
 from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -30,10 +31,9 @@ from flwr.supernode.servicer.runtime import runtime_handlers
 
 # Member → digest of its source, and what of it is relied on.
 READ_IN_FLWR_1_41: dict[Callable[..., Any], tuple[str, str]] = {
-    run_clientapp.pull_task_input: (
-        "5607a23e1673ee87",
-        "gives message, context, run and bundle; unpacks nothing of the bundle",
-    ),
+    run_clientapp.pull_task_input: ("5607a23e1673ee87", "`pull_input` does the same, with other pauses"),
+    inflatable_utils.pull_and_inflate_object_from_tree: ("139811483a15e4a6", "its arguments"),
+    inflatable_utils.pull_objects: ("31bb2de46b450e6a", "what is not there yet is asked for again, after a pause"),
     run_clientapp.push_message: (
         "07cb512c93e065a9",
         "sets the message id as `_deliver` does; the same reply again is the same objects",
@@ -55,6 +55,10 @@ READ_IN_FLWR_1_41: dict[Callable[..., Any], tuple[str, str]] = {
     HeartbeatSender._run: ("b176ff96c68dbee2", "a beat every 18 to 22 s; False is tried again"),
     ClientApp.__call__: ("9ac8d938c6eef73d", "raises ValueError for a route that is not there"),
     runtime_handlers.pull_task_input: ("035e6c69a7cffcad", "a task that runs must be heard of every minute"),
+    runtime_handlers.pull_messages: (
+        "49089949d9fd1246",
+        "no message where it has no name yet, and then it can be asked again",
+    ),
     runtime_handlers.push_messages: ("f0b01d8d3c43d44a", "takes the same reply again"),
     InMemoryCoreState.finish_task: (
         "74802c12902fb68b",
@@ -63,6 +67,7 @@ READ_IN_FLWR_1_41: dict[Callable[..., Any], tuple[str, str]] = {
     InMemoryCoreState.acknowledge_task_heartbeat: ("e00234bd219b7afa", "a beat extends the task by a minute"),
     InMemoryNodeState.store_message: ("8d38cc83c3fb7d5a", "a message that is there is not stored twice"),
     InMemoryNodeState._store_error_replies: ("3af03090bfae3ea7", "answers for a task whose heartbeat stopped"),
+    start_client_internal._pull_and_store_message: ("eaf5d0e36dc34e4c", "first the task, then the name, then the rest"),
     start_client_internal._push_messages: (
         "00bb86faffdec114",
         "waits for ever for objects of a reply that it has the name of",

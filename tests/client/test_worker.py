@@ -7,6 +7,7 @@ import os
 import signal
 import stat
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,16 +22,15 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.supernode.runtime.run_clientapp import pull_task_input
 from wardround.client import worker as worker_module
 from wardround.client.app import unpack
 from wardround.client.folder import Site
 from wardround.client.registry import to_registry
-from wardround.client.worker import MAX_TRIES, Kept, Settings, Worker, parse
+from wardround.client.worker import MAX_TRIES, Kept, Settings, Worker, parse, pull_input
 from wardround.common.config import NO_PRIVACY, RunConfig
 from wardround.common.counts import count
 from wardround.common.errors import ConfigError
-from wardround.common.messages import Reply, SchemaInstruction, SchemaReply, join
+from wardround.common.messages import Reply, SchemaInstruction, SchemaReply, join, split
 from wardround.common.schema import derive_schema
 from wardround.simulations.federation import write_sites
 from wardround.simulations.synthetic_registry import make
@@ -90,9 +90,10 @@ def claimed(runtime: Runtime) -> tuple[str, Message, Context]:
     )
     about = RuntimeVersionHttpInterceptor(component_name="flwr-clientapp")
     client = RuntimeHttpClient(f"http://127.0.0.1:{runtime.port}", interceptors=[about, auth])
-    token = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])).token
+    while not (token := client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])).token):
+        time.sleep(0.01)
     settings = Settings(Path(), f"127.0.0.1:{runtime.port}", b"", "", Path())
-    message, context, _, _ = pull_task_input(Worker(settings)._task_client(token))
+    message, context, _ = pull_input(Worker(settings)._task_client(token))
     return token, message, context
 
 
@@ -107,6 +108,36 @@ def test_one_process_answers_message_after_message(site: Path, runtime: Runtime)
     told = json.loads((state / "worker.json").read_text())
     assert told["pid"] == worker.pid and told["last"]["phase"] == schema().ROUTE
     assert gone(state / "worker.message")
+
+
+def test_a_message_is_waited_for_that_is_still_on_its_way_and_not_in_whole_seconds(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+):
+    """A SuperNode has the task first, then the message's name, then its bytes."""
+    pauses: list[float] = []
+    pull = worker_module.pull_and_inflate_object_from_tree
+    monkeypatch.setattr(
+        worker_module,
+        "pull_and_inflate_object_from_tree",
+        lambda *given, **named: (
+            pauses.extend((named["initial_backoff"], named["backoff_cap"])) or pull(*given, **named)
+        ),
+    )
+    sending = threading.Thread(target=lambda: runtime.send(schema(), name_after_s=0.3, rest_after_s=0.3))
+    sending.start()
+    _, message, _ = claimed(runtime)
+    sending.join()
+    assert message.metadata.message_type == schema().ROUTE and unpack(message.content)[0] == split(schema())[0]
+    assert max(pauses) < 1.0
+
+
+def test_a_task_without_a_message_is_given_up(runtime: Runtime, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(worker_module, "_NAMELESS_S", 0.1)
+    sending = threading.Thread(target=lambda: runtime.send(schema(), name_after_s=2.0))
+    sending.start()
+    with pytest.raises(RuntimeError, match="a task without a message"):
+        claimed(runtime)
+    sending.join()
 
 
 def test_a_message_with_another_bundle_is_not_looked_at(site: Path, runtime: Runtime, tmp_path: Path):
