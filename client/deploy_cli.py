@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .node import Node
 
 _PATH = click.Path(path_type=Path)
+_PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 _LEAVE_S = 150.0  # what `start` takes to stop, at most
 _site = click.option(
     "--site", type=_PATH, default=Path("site.toml"), show_default=True, help="This hospital's site.toml."
@@ -124,8 +125,11 @@ def join(invitation: Path, site: Path, coordinator: str | None, verified: tuple[
         pin(node, offer, keep_roster(node.folder, offer.roster), known)
     members = node.open(site).keys.members(offer.own)
     wanted, count = node.config.policy.min_sites, len(members.verified)
-    click.echo(f"\njoined '{offer.roster.consortium}' at {offer.invitation.address}; {count} hospitals verified")
-    if count < wanted:
+    joined = f"joined '{offer.roster.consortium}' at {offer.invitation.address}"
+    click.echo(f"\n{joined}; {count} hospitals verified, this one included")
+    if count >= wanted:
+        click.echo(f"Next: wardround client check --site {site}; then wardround client start --site {site}", err=True)
+    else:
         click.echo(
             f"policy.min_sites is {wanted}: compare fingerprints by telephone, then call this command again with "
             "--verified, or `wardround client roster verify FINGERPRINT`",
@@ -145,7 +149,10 @@ def _compared(node: Node, offer: Offer, verified: Sequence[str]) -> list[str]:
     active = {plain_fingerprint(member.fingerprint) for member in offer.roster.members if member.active}
     known = [one for one in node.config.identity.verified if one in active]
     for text in verified:
-        member = offer.roster.with_fingerprint(text)
+        try:
+            member = offer.roster.with_fingerprint(text)
+        except ConfigError as error:
+            raise ConfigError(f"--verified: {error}") from None
         if not member.active:
             raise ConfigError(f"--verified {text}: {member.name}'s key is revoked")
         if (plain := plain_fingerprint(member.fingerprint)) not in known:
@@ -201,6 +208,12 @@ def start(site: Path, port: int | None, install_service: bool) -> None:
 
         path, commands = install(node)
         click.echo(f"{path}\n\nTo enable it:\n" + "\n".join(f"  {line}" for line in commands))
+        if proxy := next((name for name in _PROXIES if os.environ.get(name)), None):
+            click.echo(
+                f"{proxy} is set here; a service does not see it, and it may hold a password that a unit is no place "
+                f"for: set it with `sudo systemctl edit {path.name}`",
+                err=True,
+            )
         return
 
     def tell() -> None:

@@ -567,6 +567,10 @@ def load_site(path: Path) -> SiteConfig:
     """A hospital's site.toml."""
     try:
         key = str(path), path.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such file: name this hospital's site.toml, or make one with `wardround client init`"
+        ) from None
     except OSError:
         return parse(SiteConfig, read_toml(path), str(path))  # which says what is wrong
     if key not in _sites:

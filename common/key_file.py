@@ -35,6 +35,11 @@ def passphrase(file: Path | None, environment: Mapping[str, str], setting: str) 
     if value is not None:
         source, found = PASSPHRASE, value.encode("utf-8", "surrogateescape")
     elif file is not None:
+        if not os.path.lexists(file):
+            raise ConfigError(
+                f"{file}: no such file: passphrase file: write the passphrase into it, one line of 12 characters or "
+                "more, mode 0600"
+            )
         source, found = str(file), read_secret(file, "passphrase file")
         found = found.removesuffix(b"\n").removesuffix(b"\r")
         if b"\n" in found:

@@ -69,7 +69,10 @@ class CoordinatorFolder:
         """
         file = path / "coordinator.toml"
         if not file.is_file():
-            raise ConfigError(f"{path}: no coordinator.toml here: call `wardround server init {path}` first")
+            raise ConfigError(
+                f"{path}: no coordinator.toml here: name the coordinator's folder with --coordinator, or make one with "
+                "`wardround server init`"
+            )
         if path.stat().st_mode & 0o077:
             raise ConfigError(f"{path}: others may look into it: call `chmod 700 {path}`")
         config = load_coordinator(file)

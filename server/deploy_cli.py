@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from .coordinator import CoordinatorFolder
 
 _PATH = click.Path(path_type=Path)
-_GRACE_S = 30.0
+_GRACE_S, _LINK_GRACE_S, _KEEPER_GRACE_S = 30.0, 15.0, 5.0  # of the ServerApps, the SuperLink, the keeper; in turn
+_STOP_S = _GRACE_S + _LINK_GRACE_S + _KEEPER_GRACE_S + 15.0
 _WATCH_S = 2.0
 _UP_S = 30.0  # how long `run` waits for a SuperLink that was started just now
 _folder = click.option(
@@ -118,7 +119,10 @@ def enroll(applications: tuple[Path, ...], where: Path, passphrase_file: Path | 
         click.echo(f"{application.card.name}  {application.card.fingerprint}  compare it by telephone")
     for line in changes:
         click.echo(line)
-    click.echo("Next: `wardround server invite`, and send each hospital its invitation.")
+    click.echo(
+        "Next: compare, and revoke what differs (`wardround server roster revoke`); then `wardround server invite`, "
+        "and send each hospital its invitation."
+    )
 
 
 @click.command(epilog="Example: wardround server invite north   ·   wardround server invite --out mail")
@@ -169,7 +173,7 @@ def start(where: Path, passphrase_file: Path | None, install_service: bool) -> N
 
     folder = _open(where)
     if install_service:
-        path, commands = install(folder, _GRACE_S + 15)
+        path, commands = install(folder, _STOP_S)
         click.echo(f"{path}: enable it with")
         for command in commands:
             click.echo(f"  {command}")
@@ -233,9 +237,11 @@ def _children(folder: CoordinatorFolder, secret: str) -> tuple[Child, ...]:
         str(folder.path / "secret"),
     )
     return (
-        Child("superlink", (*python, "wardround.server.superlink", str(folder.path)), environment, grace_s=15.0),
+        Child(
+            "superlink", (*python, "wardround.server.superlink", str(folder.path)), environment, grace_s=_LINK_GRACE_S
+        ),
         Child("serverapps", executor, {**environment, PASSPHRASE: secret}),
-        Child("runs", (*python, "wardround.server.keeper", str(folder.path)), environment, grace_s=5.0),
+        Child("runs", (*python, "wardround.server.keeper", str(folder.path)), environment, grace_s=_KEEPER_GRACE_S),
     )
 
 

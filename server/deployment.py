@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import tomli_w
 
+from ..common import plan
 from ..common.bundle import wardround_version
 from ..common.config import CoordinatorConfig, RunConfig, load_run, packaged, parse, to_toml
 from ..common.dictionary import Dictionary, check_reviewed, load_dictionary
@@ -264,7 +265,8 @@ def submit(folder: CoordinatorFolder, config: RunConfig, dictionary_file: Path) 
     """Puts a run's config and dictionary into its folder, where the ServerApp finds them.
 
     Raises:
-        ConfigError: it could not begin: no secure sums, a draft dictionary, too few hospitals.
+        ConfigError: it could not begin: no secure sums, a draft dictionary, an ε that its plan cannot keep, too few
+            hospitals.
         RunFolderError: a run of this name is there.
     """
     out = folder.run(config.name)
@@ -275,6 +277,9 @@ def submit(folder: CoordinatorFolder, config: RunConfig, dictionary_file: Path) 
         )
     dictionary = load_dictionary(dictionary_file)
     check_run(config, dictionary)
+    if config.privacy.enabled:
+        with suppress(ImportError):  # without the accountants; every hospital computes it for itself in any case
+            plan.noise_multiplier(config)
     roster = folder.roster()
     active = 0 if roster is None else sum(member.active for member in roster.members)
     if active < config.federation.min_sites:

@@ -106,7 +106,7 @@ def add(folder: Path, cards: tuple[Path, ...], passphrase_file: Path | None) -> 
     with mismatch_is_an_answer():
         read = _read_cards(cards)
         before = newest(folder)
-        publish(folder, before.adding(open_key(folder, passphrase_file), read), before)
+        publish(folder, before.adding(_key(folder, passphrase_file), read), before)
 
 
 @roster.command(epilog="Example: wardround server roster revoke coordinator west")
@@ -120,8 +120,8 @@ def revoke(folder: Path, name: str, passphrase_file: Path | None) -> None:
     """
     with mismatch_is_an_answer():
         before = newest(folder)
-        publish(folder, before.revoking(open_key(folder, passphrase_file), name), before)
-    if (folder / "coordinator.toml").is_file():
+        publish(folder, before.revoking(_key(folder, passphrase_file), name), before)
+    if _is_deployed(folder):
         from .coordinator import CoordinatorFolder
         from .deployment import tell_nodes
 
@@ -143,6 +143,20 @@ def _read_cards(paths: tuple[Path, ...]) -> list[Card]:
         except IsADirectoryError:
             raise ConfigError(f"{path}: expected a card, got a folder") from None
     return read
+
+
+def _is_deployed(folder: Path) -> bool:
+    """Whether `wardround server init` made this folder: then hospitals get invitations, with the roster in them."""
+    return (folder / "coordinator.toml").is_file()
+
+
+def _key(folder: Path, passphrase_file: Path | None) -> Identity:
+    """As `open_key`, with the passphrase file that coordinator.toml names, where there is one."""
+    if passphrase_file is None and _is_deployed(folder):
+        from .coordinator import CoordinatorFolder
+
+        passphrase_file = CoordinatorFolder.open(folder).passphrase_file
+    return open_key(folder, passphrase_file)
 
 
 def open_key(folder: Path, passphrase_file: Path | None) -> Identity:
@@ -221,4 +235,7 @@ def publish(folder: Path, signed: Roster, before: Roster | None = None) -> None:
             "be trained until others are added",
             err=True,
         )
-    click.echo(f"\n{path}: send it to every hospital; each pins it with `wardround client roster pin`.")
+    if _is_deployed(folder):
+        click.echo(f"\n{path}: every hospital needs its new invitation: call `wardround server invite`, send them.")
+    else:
+        click.echo(f"\n{path}: send it to every hospital; each pins it with `wardround client roster pin`.")

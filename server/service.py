@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..common import service
 from ..common.errors import ConfigError
+from ..common.lm.packaged import cache_folder
 from .coordinator import CoordinatorFolder
 
 NAME = "wardround-coordinator.service"
@@ -22,13 +23,16 @@ def install(folder: CoordinatorFolder, grace_s: float) -> tuple[Path, list[str]]
             f"{folder.path / 'coordinator.toml'}: a service has nobody who sets WARDROUND_PASSPHRASE: name a file of "
             "mode 0600 with passphrase_file"
         )
+    cache = cache_folder().resolve()  # models of packages are converted there, and the warm-up is kept
     unit = service.Service(
         name=NAME,
         title="wardround coordinator",
         start="server start",
         option="--coordinator",
         argument=folder.path,
-        writable=(folder.path,),
+        writable=(folder.path, cache),
         grace_s=grace_s,
+        environment=(("WARDROUND_CACHE", cache),),
     )
+    cache.mkdir(parents=True, exist_ok=True)
     return service.install(unit, folder.path)

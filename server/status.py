@@ -15,6 +15,7 @@ from ..common.supervisor import holder, read_status
 from . import run_status
 from .certificates import RENEW_DAYS, validity
 from .coordinator import CoordinatorFolder
+from .disk import full
 from .keeper import wanted
 
 if TYPE_CHECKING:
@@ -40,12 +41,12 @@ def gather(folder: CoordinatorFolder) -> dict[str, Any]:
         "consortium": folder.config.consortium,
         "address": folder.config.address,
         "running": running,
-        "problem": problem,
+        "problem": full(folder.path) or problem,
         "since": supervised.get("since"),
         "processes": supervised.get("processes", {}),
         "roster_serial": None if roster is None else roster.serial,
         "sites": _sites(folder, nodes, said),
-        "run": None if name is None else _run(folder, name, said),
+        "run": None if name is None else _run(folder, name, said, {f"node {node.id}": node.name for node in nodes}),
         "runs": folder.runs(),
         "certificate": {"ends": shown.ends.isoformat(), "days_left": shown.days_left()},
     }
@@ -97,17 +98,21 @@ def _sites(folder: CoordinatorFolder, nodes: Sequence[Node], said: Mapping[str, 
     return found
 
 
-def _run(folder: CoordinatorFolder, name: str, said: Mapping[str, Any]) -> dict[str, Any]:
+def _run(folder: CoordinatorFolder, name: str, said: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     seconds, done, total = said.get("seconds_of_rounds", []), said.get("rounds_done", 0), said.get("rounds", 0)
     alive, ended = run_status.alive(said), said.get("ended")
     if ended and ended["code"] == "":
         state = "finished"
     elif alive:
         state = "running"
+    elif wanted(folder.run(name)) is None:
+        state = "stopped"
     else:
-        state = "waiting" if wanted(folder.run(name)) is not None else "stopped"
+        state = "waiting" if said else "starting"
     eta = sum(seconds) / len(seconds) * (total - done) if state == "running" and seconds and done < total else None
-    asked, answered = said.get("asked", []), said.get("answered", {})
+    # Whoever has not said yet in this start which site it is, is a node's number there; its key says who it is.
+    asked = [names.get(one, one) for one in said.get("asked", [])]
+    answered = {names.get(one, one): code for one, code in said.get("answered", {}).items()}
     return {
         "name": name,
         "state": state,
@@ -169,7 +174,8 @@ def _head(content: Mapping[str, Any]) -> list[str]:
         return [*lines, "no run yet", ""]
     run = content["run"]
     eta = f", about {duration(run['eta_s'])} of rounds left" if run["eta_s"] is not None else ""
-    lines.append(f"run {run['name']}: {run['state']}, {run['rounds_done']} of {run['rounds']} rounds{eta}")
+    rounds = f", {run['rounds_done']} of {run['rounds']} rounds" if run["rounds"] else ""
+    lines.append(f"run {run['name']}: {run['state']}{rounds}{eta}")
     if run["state"] == "running":
         for_s = f" for {duration(time.time() - run['phase_began'])}" if run["phase_began"] else ""
         waits = f"; waiting for {', '.join(run['missing'])}" if run["missing"] else ""
@@ -178,6 +184,8 @@ def _head(content: Mapping[str, Any]) -> list[str]:
         lines.append(f"  {run['note']}")
     if run["ended"] and run["ended"]["code"]:
         lines.append(f"  {run['ended']['code']}: {run['ended']['message']}")
+    if run["state"] == "waiting":
+        lines.append("  it is tried again by itself; logs/runs.log says when")
     if run["state"] == "stopped":
         lines.append(f"  `wardround server run {run['name']} --resume` continues it")
     if run["epsilon_planned"] is not None:

@@ -137,8 +137,9 @@ def test_an_interrupted_init_is_repeated_with_the_keys_it_made(tmp_path: Path):
 def test_join_pins_roster_bundle_and_authority_and_nothing_else_of_site_toml(tmp_path: Path, coordinator, capsys):
     node = new_site(tmp_path)
     before = node.site_toml.read_text()
-    code, out, _ = run(capsys, *join(node, coordinator))
-    assert code == 0 and "joined 'Stroke'" in out and "3 hospitals verified" in out
+    code, out, told = run(capsys, *join(node, coordinator))
+    assert code == 0 and "joined 'Stroke'" in out and "3 hospitals verified, this one included" in out
+    assert "Next: wardround client check --site" in told
     assert all(identity.fingerprint in out for identity in OTHERS.values())
     joined = Node.open(node.site_toml)
     members = joined.keys.members(joined.keys.load().id)
@@ -159,6 +160,8 @@ def test_nothing_is_pinned_before_the_coordinators_fingerprint_was_compared(tmp_
     assert "not by the coordinator you named" in refused(
         capsys, "client", "join", invitation, "--site", node.site_toml, "--coordinator", other
     )
+    assert "--verified: roster 1: no member has this" in refused(capsys, *join(node, coordinator), "--verified", other)
+    assert "--verified: fingerprint: expected 8" in refused(capsys, *join(node, coordinator), "--verified", "ABCD")
     assert node.site_toml.read_bytes() == before and not node.invitation_path.exists()
 
 
@@ -376,7 +379,7 @@ def test_a_site_whose_roster_is_another_coordinators_does_not_start(tmp_path: Pa
     assert "another coordinator" in refused(capsys, "client", "start", "--site", node.site_toml).split("\n")[0]
 
 
-def test_a_service_is_written_where_it_could_open_the_identity(tmp_path: Path, capsys):
+def test_a_service_is_written_where_it_could_open_the_identity(tmp_path: Path, capsys, monkeypatch):
     node = new_site(tmp_path)
     code, out, _ = run(capsys, "client", "start", "--install-service", "--site", node.site_toml)
     unit = node.folder / f"wardround-{NAME}.service"
@@ -384,6 +387,10 @@ def test_a_service_is_written_where_it_could_open_the_identity(tmp_path: Path, c
     text = unit.read_text()
     assert f'--site "{node.site_toml}"' in text and "RestartPreventExitStatus=2" in text and "NoNewPrivileges" in text
     assert (node.folder / "passphrase.txt").read_text().strip() not in text
+    monkeypatch.setenv("HTTPS_PROXY", "http://user:secret@proxy.example:3128")
+    code, out, told = run(capsys, "client", "start", "--install-service", "--site", node.site_toml)
+    assert code == 0 and unit.read_text() == text and "secret" not in out + told
+    assert "HTTPS_PROXY is set here; a service does not see it" in told and f"edit {unit.name}`" in told
     set_identity(node.site_toml, {"passphrase_file": None})
     line = refused(capsys, "client", "start", "--install-service", "--site", node.site_toml)
     assert "passphrase_file" in line

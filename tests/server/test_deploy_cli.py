@@ -6,14 +6,17 @@ from pathlib import Path
 import pytest
 from wardround.common import enrolment
 from wardround.common.cli import main
+from wardround.common.config import load_run
 from wardround.common.enrolment import Application, Invitation
+from wardround.common.errors import ConfigError
 from wardround.common.identity import Card, Identity, fingerprint
 from wardround.common.roster import Roster
 from wardround.common.supervisor import exclusive
 from wardround.server import control, service
 from wardround.server.certificates import check_server, validity
 from wardround.server.coordinator import CoordinatorFolder
-from wardround.server.deploy_cli import _children
+from wardround.server.deploy_cli import _GRACE_S, _children
+from wardround.server.deployment import submit
 
 from ..deployment.coordinator_case import PASSPHRASE, Hospital, hospital
 
@@ -201,7 +204,7 @@ def test_applications_that_cannot_be_taken_change_nothing(here: Path, capsys, mo
 
 
 def test_a_folder_that_is_none_or_that_others_may_enter_is_refused(here: Path, capsys):
-    assert "no coordinator.toml here" in refused(capsys, "status")
+    assert "no coordinator.toml here: name the coordinator's folder with --coordinator" in refused(capsys, "status")
     works(capsys, *INIT)
     (here / "c").chmod(0o755)
     for command in (("status",), ("start",), ("renew",), ("stop",), ("invite", "north")):
@@ -292,7 +295,8 @@ def test_the_passphrase_reaches_one_process_and_no_command_line(here: Path, caps
         assert child.environment["FLWR_TELEMETRY_ENABLED"] == "0"
 
 
-def test_a_service_unit_starts_this_coordinator(here: Path, capsys):
+def test_a_service_unit_starts_this_coordinator(here: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WARDROUND_CACHE", str(here / "cache"))
     (here / "phrase").write_text(PASSPHRASE + "\n")
     (here / "phrase").chmod(0o600)
     works(capsys, *INIT, "--passphrase-file", "phrase")
@@ -303,6 +307,37 @@ def test_a_service_unit_starts_this_coordinator(here: Path, capsys):
     program = Path(line.split('"')[1])
     assert program.is_file() and line.endswith(f'server start --coordinator "{here / "c"}"')
     assert "RestartPreventExitStatus=2" in unit and PASSPHRASE not in unit
+    assert (here / "cache").is_dir() and f'Environment=WARDROUND_CACHE="{here / "cache"}"' in unit
+    assert f'ReadWritePaths="{here / "c"}" "{here / "cache"}"' in unit
+    grace = sum(child.grace_s or _GRACE_S for child in _children(CoordinatorFolder.open(here / "c"), PASSPHRASE))
+    assert f"TimeoutStopSec={grace + 15:.0f}" in unit, "systemd must not kill what may still take its time"
+
+
+def test_a_revocation_opens_the_key_as_coordinator_toml_says_and_asks_for_new_invitations(
+    here: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    (here / "phrase").write_text(PASSPHRASE + "\n")
+    (here / "phrase").chmod(0o600)
+    works(capsys, *INIT, "--passphrase-file", "phrase")
+    monkeypatch.delenv("WARDROUND_PASSPHRASE")
+    out = works(capsys, "enroll", *(send(name)[0] for name in ("north", "south", "east", "west")), "-C", "c")
+    assert "call `wardround server invite`, send them" in out and "roster pin" not in out
+    assert "`wardround server roster revoke`" in out
+    out = works(capsys, "roster", "revoke", "c", "west")
+    assert "is revoked" in out and "call `wardround server invite`, send them" in out and "roster pin" not in out
+
+
+def test_a_run_whose_plan_costs_more_than_its_epsilon_is_refused_before_anybody_is_asked(
+    here: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    works(capsys, *INIT)
+    works(capsys, "enroll", *(send(name)[0] for name in ("north", "south", "east")), "-C", "c")
+    folder = CoordinatorFolder.open(here / "c")
+    settings = load_run(Path("soak"), ("privacy.epsilon=3.0",))
+    with pytest.raises(ConfigError, match=r"epsilon = 3\.0 at delta = 1e-05: what is spent without the rounds costs"):
+        submit(folder, settings, Path("support_icu"))
+    assert folder.runs() == []
+    assert submit(folder, load_run(Path("soak"), ()), Path("support_icu")).config.name == "soak"
 
 
 @pytest.mark.parametrize("command", ["init", "enroll", "invite", "start", "run", "status", "stop", "finalize", "renew"])

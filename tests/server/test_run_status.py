@@ -13,6 +13,7 @@ from wardround.common.privacy import epsilon_prv
 from wardround.server import run_status, status
 from wardround.server.certificates import make_authority, make_server
 from wardround.server.cohort import QuorumError
+from wardround.server.control import Node
 from wardround.server.coordinator import CoordinatorFolder, create
 from wardround.server.keeper import want
 from wardround.server.run_status import RunStatus, refuse
@@ -140,3 +141,28 @@ def test_examples_in_the_docstrings_hold() -> None:
 
     done = doctest.testmod(status)
     assert done.failed == 0 and done.attempted > 0
+
+
+def test_a_node_that_has_not_said_who_it_is_is_named_by_its_key(
+    folder: CoordinatorFolder, monkeypatch: pytest.MonkeyPatch
+):
+    known = [Node(12, "north", "online", 1.0, b"key")]
+    monkeypatch.setattr(status, "_nodes", lambda _: (known, ""))
+    monkeypatch.setattr(status, "holder", lambda _: 1)
+    said = RunStatus(folder.run("trial"), config({"enabled": False}), 7)
+    said.begin("warm-up", 0, ["node 12", "node 13"])
+    assert shown(folder)["missing"] == ["node 13", "north"]
+    said.answered("warm-up", "node 12", "protocol")
+    assert (shown(folder)["missing"], shown(folder)["answered"]) == (["node 13"], {"north": "protocol"})
+
+
+def test_a_run_that_nobody_has_worked_on_yet_is_starting_and_one_that_is_tried_again_says_so(folder: CoordinatorFolder):
+    out = folder.run("trial")
+    want(out, 7)
+    assert "run trial: starting" in status._head(status.gather(folder))
+    RunStatus(out, config({"enabled": False}), 7).end(QuorumError("too few"))
+    said = run_status.read(out)
+    (out / run_status.FILE).write_text(json.dumps(said | {"pid_started": -1}))
+    lines = status._head(status.gather(folder))
+    assert "run trial: waiting, 0 of 4 rounds" in lines and "  quorum: too few" in lines
+    assert "  it is tried again by itself; logs/runs.log says when" in lines
