@@ -237,11 +237,13 @@ class Supervisor:
                 for one in self._running
             },
         }
-        write_atomic(self._status, json.dumps(content, indent=1).encode() + b"\n")
+        with suppress(OSError):  # a full disk must not end what runs
+            write_atomic(self._status, json.dumps(content, indent=1).encode() + b"\n")
 
     def _cut_logs(self) -> None:
         for one in self._running:
-            self._cut(self._logs / f"{one.child.name}.log", running=one.process is not None)
+            with suppress(OSError):  # no room for the copy
+                self._cut(self._logs / f"{one.child.name}.log", running=one.process is not None)
 
     def _cut(self, path: Path, running: bool = False) -> None:
         """Keeps a log from filling the disk. A running process appends to the file it has open: that is emptied."""
@@ -293,4 +295,5 @@ def _words(code: int) -> str:
 
 
 def _say(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # a file on a full disk, a pipe that nobody reads any more
+        print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)

@@ -156,6 +156,28 @@ class Bodies:
         await self.app(scope, replay, send)
 
 
+class Later:
+    """Says "later" (503) where the application failed (500) and `reason` knows why: something that goes away.
+
+    SuperNodes and Flower's other processes then try again until it works; at a 500 they end, and with them whatever
+    they had fetched and not answered.
+    """
+
+    def __init__(self, app: Application, reason: Callable[[], str]) -> None:
+        self._app, self._reason, self._told = app, reason, 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] == 500 and (line := self._reason()):
+                message = {**message, "status": 503}
+                if time.monotonic() - self._told > 60:
+                    self._told = time.monotonic()
+                    _LOG.warning("%s", line)
+            await send(message)
+
+        await self._app(scope, receive, watched)
+
+
 class Failures:
     """Lets an address that was refused too often wait: so many refusals (4xx) a minute, then 429."""
 

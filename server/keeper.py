@@ -9,7 +9,8 @@ says of it. Leaves: calls of the loopback Control API. Private: the control toke
 A ServerApp that was killed, a SuperLink whose database is new, a machine that was started again: each leaves a wanted
 run that nobody works on. Its next ServerApp continues from the journal, so nothing that was acknowledged is asked for
 again. A pause between two starts doubles from 2 s to 5 min, and begins anew when the journal has grown. Too few
-hospitals is no reason to give up; a mistake that only a person can mend is, and so are ten starts that got nowhere.
+hospitals is no reason to give up; a mistake that only a person can mend is, and so are ten starts that got nowhere. On
+a full disk nothing is started, and nothing counted.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,7 @@ from ..common.files import write_atomic
 from . import run_status
 from .cohort import QuorumError
 from .coordinator import CoordinatorFolder
+from .disk import full
 
 if TYPE_CHECKING:
     from .control import Control, FlowerRun
@@ -106,6 +109,8 @@ class Keeper:
         if current is not None and current.status == "finished:stopped" and not ended:
             self._stop_caring(out, name, "it was stopped")  # by a person, with another tool than ours
             return
+        if full(out):  # nothing would come of a start; `main` says so
+            return
         if number not in care.judged:
             care.judged.add(number)
             if not self._judge(out, name, care, ended, now):
@@ -156,7 +161,8 @@ def _journal(out: Path) -> tuple[int, float]:
 
 
 def _say(line: str) -> None:
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", flush=True)
+    with suppress(OSError):  # the log is on the same disk
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", flush=True)
 
 
 def main(arguments: list[str]) -> int:
@@ -174,11 +180,14 @@ def main(arguments: list[str]) -> int:
         while True:
             try:
                 keeper.look()
-                told = ""
+                line = full(folder.path)
             except WardroundError as error:
-                if str(error) != told:
-                    told = str(error)
-                    _say(told)
+                line = str(error)
+            except OSError as error:
+                line = full(folder.path) or f"{folder.path}: {(error.strerror or str(error)).lower()}"
+            if line and line != told:
+                _say(line)
+            told = line
             time.sleep(_LOOK_S)
 
 

@@ -108,8 +108,7 @@ class RunStatus:
         self._said["ended"] = _end(error)
         if error is None:
             self._said["phase"] = "finished"
-        with suppress(OSError):  # a full disk is often why it ended; then that it is gone has to say enough
-            self._write()
+        self._write()  # a full disk may be why it ended; then that its process is gone has to say enough
 
     def _site(self, name: str) -> dict[str, Any]:
         empty = {"rounds": 0, "epsilon": None, "phase": "", "code": "", "answered": None}
@@ -130,7 +129,8 @@ class RunStatus:
 
     def _write(self) -> None:
         self._written = time.time()
-        write_atomic(self._path, json.dumps(self._said, indent=1, allow_nan=False).encode() + b"\n")
+        with suppress(OSError):  # on a full disk the journal decides whether the run can go on, not what is said of it
+            write_atomic(self._path, json.dumps(self._said, indent=1, allow_nan=False).encode() + b"\n")
 
 
 def refuse(out: Path, flower_run: int, error: WardroundError) -> None:

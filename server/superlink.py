@@ -37,7 +37,8 @@ from ..common.errors import ConfigError, WardroundError
 from . import fleet
 from .certificates import check_server
 from .coordinator import CONTROL_HEADER, CoordinatorFolder
-from .gate import Allowed, Application, Bodies, Failures, NodeKeys, Routes, Sockets, Token, listen
+from .disk import full
+from .gate import Allowed, Application, Bodies, Failures, Later, NodeKeys, Routes, Sockets, Token, listen
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -137,7 +138,7 @@ def make_app(folder: CoordinatorFolder) -> FastAPI:
 
 def gated(app: FastAPI, folder: CoordinatorFolder) -> Application:
     """The application as both sockets see it."""
-    settings, routes, inner = folder.config, routes_of(app), _flower(app)
+    settings, routes, inner = folder.config, routes_of(app), Later(_flower(app), lambda: full(folder.path))
     bodies = Bodies(inner, settings.max_body_bytes, settings.request_timeout_s)
     signed = NodeKeys(bodies, node_keys(app.state.linkstate_factory.state()), frozenset({HEALTH}))
     public = Failures(Allowed(signed, public_routes(routes)), settings.max_failures_per_minute)
@@ -224,6 +225,8 @@ def check_database(path: Path) -> Path | None:
             if connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",):
                 return None
     except sqlite3.OperationalError as error:
+        if line := full(path.parent):  # whatever SQLite makes of that: nothing is wrong with the file
+            raise BusyError(line) from None
         if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise BusyError(f"{path}: another process has it locked; trying again") from None
         if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_IOERR:  # such as a file that was cut
@@ -263,7 +266,7 @@ def serve(folder: CoordinatorFolder) -> None:
     try:
         app = gated(make_app(folder), folder)
     except OperationalError as error:  # locked, or the disk is full
-        raise BusyError(f"{folder.database}: {error.orig}; trying again") from None
+        raise BusyError(full(folder.path) or f"{folder.database}: {error.orig}; trying again") from None
     folder.database.chmod(0o600)
 
     config = uvicorn.Config(
