@@ -1,4 +1,4 @@
-"""`wardround client init`, `join`, `start`, `status`, `leave`, `model`: taking part. Mounted by client/cli.py.
+"""`wardround client init`, `apply`, `join`, `start`, `status`, `leave`, `model`: taking part. Mounted by client/cli.py.
 
 From nothing to training: init, check (client/checks.py), join, start. What these commands print is for the hospital's
 own screen: names, fingerprints, counts of patients, never a patient's value. Heavy imports happen inside the commands.
@@ -79,6 +79,29 @@ def init(
         f"{node.site_toml}, then: wardround client check --site {node.site_toml}",
         err=True,
     )
+
+
+@click.command(epilog="Example: wardround client apply   ·   wardround client apply --new-node-key")
+@_site
+@click.option("--new-node-key", is_flag=True, help="Make the connection's key anew: it is lost, or somebody has it.")
+def apply(site: Path, new_node_key: bool) -> None:
+    """Write NAME.application.json anew: the file was lost, or a key of this hospital is another one.
+
+    After `wardround client rotate` it holds the next identity key, signed by both. With --new-node-key, or where
+    state/node.pem is lost, it holds a new node key: this hospital cannot connect before the coordinator has enrolled
+    it, and the old key cannot connect after that.
+    """
+    from .enrol import application_path, apply_again
+    from .node import Node
+
+    node = Node.open(site)
+    application = apply_again(node, new_node_key=new_node_key)
+    click.echo(f"{node.config.name}\n{application.card.fingerprint}\n{application_path(node)}")
+    click.echo(
+        f"\nSend {application_path(node).name} to the coordinator, who calls `wardround server enroll`.", err=True
+    )
+    if node.running() is not None:
+        click.echo("this site runs: once it is enrolled, stop and start it, so that it takes the new key", err=True)
 
 
 @click.command(
@@ -443,4 +466,4 @@ def _print_lines(site: Path, lines: Sequence[Line]) -> None:
     click.echo(f"{wrong} to be mended" if wrong else "ready")
 
 
-COMMANDS = (init, join, start, status, leave, model)
+COMMANDS = (init, apply, join, start, status, leave, model)

@@ -134,6 +134,27 @@ def initialise(start: Start, environment: Mapping[str, str] = os.environ) -> tup
     return node, application, makes
 
 
+def apply_again(node: Node, *, new_node_key: bool) -> Application:
+    """The application of a site that is set up, written anew: with its next key where it is changing that.
+
+    Args:
+        node: the site.
+        new_node_key: whether the SuperNode's key is made anew; one that is lost is in any case.
+
+    Raises:
+        ConfigError: no identity; a wrong passphrase.
+    """
+    own, following = node.keys.load(), node.keys.next()
+    name = node.config.name
+    card = Card.make(own, name) if following is None else Card.make(following, name, previous=own)
+    if new_node_key:
+        node.key_path.unlink(missing_ok=True)
+    make_node_key(node.key_path)
+    application = Application.make(following or own, card, node_key(node.key_path))
+    write_application(node, application)
+    return application
+
+
 def application_path(node: Node) -> Path:
     """Where a site's application lies."""
     return node.folder / f"{node.config.name}.application.json"

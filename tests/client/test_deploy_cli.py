@@ -19,6 +19,7 @@ from wardround.common.errors import ConfigError, VerificationError
 from wardround.common.identity import Card, Identity
 from wardround.common.lm.packaged import base_digest, find_imported, import_model, resolve
 from wardround.common.messages import PROTOCOL_VERSION
+from wardround.common.roster import Roster
 
 from .consortium_case import NAME, OTHERS, Coordinator, fingerprints, listening, new_site, write_registry
 
@@ -455,3 +456,44 @@ def test_code_and_pickles_of_a_model_folder_are_not_copied(tmp_path: Path, tiny_
     (source / "pytorch_model.bin").write_bytes(b"pickle")
     _, target = import_model(source, tmp_path / "cache")
     assert not {"modeling.py", "pytorch_model.bin"} & {path.name for path in target.iterdir()}
+
+
+# ---- apply
+
+
+def test_an_application_is_written_again_with_the_keys_there_are(tmp_path: Path, capsys):
+    node = new_site(tmp_path)
+    path = node.folder / f"{NAME}.application.json"
+    first = Application.parse(path.read_bytes(), "first")
+    path.unlink()
+    code, out, told = run(capsys, "client", "apply", "--site", node.site_toml)
+    assert code == 0 and str(path) in out and first.card.fingerprint in out and "server enroll" in told
+    again = Application.parse(path.read_bytes(), "again")
+    assert (again.card.id, again.node_key) == (first.card.id, first.node_key)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_new_node_key_takes_the_place_of_one_that_was_lost_or_leaked(tmp_path: Path, capsys, lost: bool):
+    node = new_site(tmp_path)
+    before = node_key(node.key_path)
+    if lost:
+        node.key_path.unlink()
+    code, *_ = run(capsys, "client", "apply", "--site", node.site_toml, *(() if lost else ("--new-node-key",)))
+    made = Application.parse((node.folder / f"{NAME}.application.json").read_bytes(), "made")
+    assert code == 0 and made.node_key == node_key(node.key_path) != before
+    assert made.card.id == node.keys.load().id and mode(node.key_path) == 0o600
+
+
+def test_an_application_in_a_rotation_is_of_the_next_key_and_both_sign_it(tmp_path: Path, capsys):
+    node = new_site(tmp_path)
+    own = node.keys.load()
+    assert run(capsys, "client", "rotate", "--site", node.site_toml)[0] == 0
+    code, out, _ = run(capsys, "client", "apply", "--site", node.site_toml)
+    made = Application.parse((node.folder / f"{NAME}.application.json").read_bytes(), "made")
+    following = node.keys.next()
+    assert code == 0 and following is not None and made.card.id == following.id and following.fingerprint in out
+    coordinator = Identity.generate()
+    cards = [Card.make(own, NAME), *(Card.make(one, name) for name, one in OTHERS.items())]
+    changed = Roster.first(coordinator, "Stroke", cards).adding(coordinator, [made.card])
+    (now,) = [member for member in changed.members if member.name == NAME and member.active]
+    assert now.id == following.id

@@ -170,6 +170,24 @@ def test_a_hospital_that_lost_its_node_key_applies_again_and_the_roster_stays(he
     assert roster is not None and roster.serial == 1 and folder.node_keys()["north"] != before
 
 
+def test_a_hospital_that_changes_its_identity_key_keeps_its_place_and_its_node(here: Path, capsys):
+    works(capsys, *INIT)
+    sent = {name: send(name) for name in ("north", "south", "east")}
+    works(capsys, "enroll", *(path for path, _ in sent.values()), "-C", "c")
+    folder, (path, old) = CoordinatorFolder.open(here / "c"), sent["north"]
+    before, following = folder.node_keys()["north"], Identity.generate()
+    card = Card.make(following, "north", previous=old.identity)
+    path.write_text(Application.make(following, card, old.application.node_key).to_json())
+    works(capsys, "enroll", path, "-C", "c")
+    roster = folder.roster()
+    assert roster is not None and roster.serial == 2
+    assert {member.id for member in roster.members if member.active and member.name == "north"} == {following.id}
+    assert folder.node_keys()["north"] == before
+    works(capsys, "invite", "north", "-C", "c")
+    invitation = Invitation.parse(Path("north.invitation.json").read_bytes(), "invitation")
+    assert invitation.site_id == following.id
+
+
 def test_applications_that_cannot_be_taken_change_nothing(here: Path, capsys, monkeypatch: pytest.MonkeyPatch):
     works(capsys, *INIT)
     good, made = send("north")
