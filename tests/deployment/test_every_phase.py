@@ -1,4 +1,4 @@
-"""Processes of hospitals and of the coordinator are killed in every phase: the run ends in the same bits all the same."""
+"""Processes of hospitals and of the coordinator are killed in every phase of a run: it ends in the same bits."""
 
 from __future__ import annotations
 
