@@ -36,7 +36,7 @@ class RunStatus:
 
     def __init__(self, out: Path, config: RunConfig, flower_run: int) -> None:
         self._path, self._config, self._written = out / FILE, config, 0.0
-        self._costs: dict[int, float | None] = {}
+        self._costs: dict[tuple[int, bool], float | None] = {}
         before = read(out)
         self._said: dict[str, Any] = {
             "run": config.name,
@@ -73,6 +73,9 @@ class RunStatus:
         """As `Progress`."""
         self._said |= {"phase": phase, "round": round_index, "phase_began": time.time(), "note": ""}
         self._said |= {"asked": sorted(sites), "answered": {}}
+        if phase == "finalize":  # the test is over, and has cost as well whoever was asked
+            for site in self._said["sites"].values():
+                site["epsilon"] = self._spent(site["rounds"], tested=True)
         self._write()
 
     def answered(self, phase: str, site: str, code: str) -> None:
@@ -114,18 +117,19 @@ class RunStatus:
         empty = {"rounds": 0, "epsilon": None, "phase": "", "code": "", "answered": None}
         return self._said["sites"].setdefault(name, empty)
 
-    def _spent(self, rounds: int) -> float | None:
+    def _spent(self, rounds: int, *, tested: bool = False) -> float | None:
         """ε of a patient of a site after so many rounds, by the plan; None: the run promises nothing."""
         privacy = self._config.privacy
         if not privacy.enabled or privacy.delta is None:
             return None
-        if rounds not in self._costs:
+        if (rounds, tested) not in self._costs:
             events = [plan.schema_event(self._config), *[plan.round_event(self._config)] * rounds]
+            events += [plan.metrics_event(self._config)] * tested
             try:
-                self._costs[rounds] = round(epsilon_prv(events, privacy.delta).epsilon, 4)
+                self._costs[rounds, tested] = round(epsilon_prv(events, privacy.delta).epsilon, 4)
             except ImportError:  # a coordinator without the accountants; hospitals count for themselves in any case
-                self._costs[rounds] = None
-        return self._costs[rounds]
+                self._costs[rounds, tested] = None
+        return self._costs[rounds, tested]
 
     def _write(self) -> None:
         self._written = time.time()

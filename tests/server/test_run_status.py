@@ -96,6 +96,9 @@ def test_what_it_cost_a_patient_is_of_the_rounds_that_the_site_took_part_in(fold
         events = [plan.schema_event(settings), *[plan.round_event(settings)] * rounds]
         assert sites[name]["epsilon"] == round(epsilon_prv(events, 1e-5).epsilon, 4)
     assert 0 < sites["south"]["epsilon"] < sites["north"]["epsilon"] < 8.0
+    said.begin("finalize", 4, ["north", "south"])
+    events = [plan.schema_event(settings), plan.round_event(settings), plan.metrics_event(settings)]
+    assert run_status.read(out)["sites"]["south"]["epsilon"] == round(epsilon_prv(events, 1e-5).epsilon, 4)
     assert shown(folder)["epsilon_planned"] == 8.0
 
 
