@@ -73,9 +73,8 @@ class RunStatus:
         """As `Progress`."""
         self._said |= {"phase": phase, "round": round_index, "phase_began": time.time(), "note": ""}
         self._said |= {"asked": sorted(sites), "answered": {}}
-        if phase == "finalize":  # the test is over, and has cost as well whoever was asked
-            for site in self._said["sites"].values():
-                site["epsilon"] = self._spent(site["rounds"], tested=True)
+        if phase == "finalize":
+            self._count_test()
         self._write()
 
     def answered(self, phase: str, site: str, code: str) -> None:
@@ -111,7 +110,13 @@ class RunStatus:
         self._said["ended"] = _end(error)
         if error is None:
             self._said["phase"] = "finished"
+            self._count_test()
         self._write()  # a full disk may be why it ended; then that its process is gone has to say enough
+
+    def _count_test(self) -> None:
+        """The test is over, and has cost everybody who was in it; of those who were not, this says too much."""
+        for site in self._said["sites"].values():
+            site["epsilon"] = self._spent(site["rounds"], tested=True)
 
     def _site(self, name: str) -> dict[str, Any]:
         empty = {"rounds": 0, "epsilon": None, "phase": "", "code": "", "answered": None}
