@@ -15,6 +15,7 @@ from typing import Any
 _LOG = logging.getLogger("wardround.superlink")
 # A SuperNode with nothing to do asks every three seconds, and says so much more while it fetches or sends.
 SILENT_S = 8.0
+CLEAR_S = 20.0  # a node that owed nothing is not looked up for so long
 _OF_A_NODE = (
     "pull_messages", "push_messages", "get_run", "get_fab", "pull_object", "push_object", "confirm_message_received",
     "send_node_heartbeat",
@@ -37,7 +38,7 @@ def install(clock: Callable[[], float] = time.monotonic) -> None:
     heard = LastHeard(clock)
     for name in ("pull_object", "confirm_message_received"):
         _replace(fleet_handlers, name, _gently(name, getattr(fleet_handlers, name)))
-    _replace(fleet_handlers, "pull_messages", _anew(fleet_handlers.pull_messages))
+    _replace(fleet_handlers, "pull_messages", _anew(fleet_handlers.pull_messages, clock))
     for name in _OF_A_NODE:
         _replace(fleet_handlers, name, heard.noting(getattr(fleet_handlers, name)))
     _replace(fleet_handlers, "activate_node", heard.letting_in(fleet_handlers.activate_node))
@@ -74,7 +75,7 @@ def _gently(name: str, handler: Handler) -> Handler:
     return answered
 
 
-def _anew(handler: Handler) -> Handler:
+def _anew(handler: Handler, clock: Callable[[], float]) -> Handler:
     """Hands out the next message to a node, after what it had and never answered was given up.
 
     A SuperNode asks for a message when it is done with the one before, and never has two. What it still owes then is
@@ -83,14 +84,19 @@ def _anew(handler: Handler) -> Handler:
     for it until its deadline.
     """
 
-    clear = set[int]()  # nodes that owe nothing: most requests are of such, every three seconds, and need no look
+    # Most requests are of nodes that owe nothing, every three seconds, and need no look. Now and then one all the same:
+    # a request that a broken network held back may be served beside a later one, and take a message to nobody.
+    clear: dict[int, float] = {}  # until when
 
     def handed_out(request: Any, state: Any, *arguments: Any, **named: Any) -> Any:
-        node = request.node.node_id
-        if node not in clear:
+        node, now = request.node.node_id, clock()
+        if look := now >= clear.get(node, now):
             _give_up(state, node, "a node asks for more; %d of its messages were lost on the way")
         response = handler(request, state, *arguments, **named)
-        (clear.discard if response.messages_list else clear.add)(node)
+        if response.messages_list:
+            clear.pop(node, None)
+        elif look:
+            clear[node] = now + CLEAR_S
         return response
 
     return handed_out

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.app import ConfigRecord, Message, Metadata, RecordDict
 from flwr.app.message import make_message
 from flwr.common.constant import NOOP_FLWR_AID, SUPERLINK_NODE_ID, ErrorCode
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PullMessagesResponse
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import NOOP_FEDERATION_ID
 from flwr.supercore.error import FlowerError
@@ -25,7 +25,7 @@ from wardround.common.config import CoordinatorConfig
 from wardround.common.identity import Identity
 from wardround.server import control, fleet
 from wardround.server.coordinator import CoordinatorFolder, create
-from wardround.server.fleet import SILENT_S, LastHeard, taken
+from wardround.server.fleet import CLEAR_S, SILENT_S, LastHeard, taken
 from wardround.server.superlink import make_app
 
 from ..deployment.coordinator_case import hospital
@@ -197,6 +197,20 @@ def test_what_a_node_has_not_taken_or_has_answered_is_not_lost_when_it_asks_for_
     handed += [message.metadata.message_id for message in world.asks()]
     assert {first, second} == set(handed)
     assert [world.outcome(question) for question in handed] == [0, None]
+
+
+def test_what_a_request_took_to_nobody_is_found_within_twenty_seconds(world: World):
+    """A broken network held the request back; it was served beside a later one, to a connection that was gone."""
+    ask = fleet._anew(lambda *_: PullMessagesResponse(), lambda: world.now)
+    request = PullMessagesRequest(node=Node(node_id=world.node))
+    ask(request, world.state)
+    question = world.question()
+    assert len(world.state.get_message_ins(world.node, 1)) == 1
+    ask(request, world.state)
+    assert world.outcome(question) is None
+    world.now += CLEAR_S
+    ask(request, world.state)
+    assert world.outcome(question) == ErrorCode.MESSAGE_UNAVAILABLE
 
 
 def test_the_handlers_are_changed_once_and_all_that_name_a_node_are(world: World):
