@@ -55,6 +55,17 @@ def alive(pid: int) -> bool:
 SLEEPS = "import time; print('up', flush=True); time.sleep(600)"
 
 
+def test_what_runs_stays_up_where_nothing_can_be_written_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As on a full disk: no status, no copy of a long log."""
+    monkeypatch.setattr(supervisor, "LONGEST_PAUSE_S", 0.5)
+    monkeypatch.setattr(supervisor, "MAX_LOG_BYTES", 1)
+    logs = tmp_path / "logs"
+    (logs / "a.log.1").mkdir(parents=True)  # nothing can be copied there
+    one = Supervisor([child("a", SLEEPS)], logs, tmp_path / "gone" / "status.json")
+    threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert one.run() == 0 and "up" in (logs / "a.log").read_text()
+
+
 def test_a_killed_process_is_started_again_and_the_status_says_so(tmp_path: Path):
     running = started(tmp_path, child("a", SLEEPS), child("b", SLEEPS))
     try:
