@@ -150,9 +150,10 @@ def join(invitation: Path, site: Path, coordinator: str | None, verified: tuple[
     wanted, count = node.config.policy.min_sites, len(members.verified)
     joined = f"joined '{offer.roster.consortium}' at {offer.invitation.address}"
     click.echo(f"\n{joined}; {count} hospitals verified, this one included")
-    if count >= wanted:
+    running = node.running() is not None
+    if count >= wanted and not running:
         click.echo(f"Next: wardround client check --site {site}; then wardround client start --site {site}", err=True)
-    else:
+    if count < wanted:
         click.echo(
             f"policy.min_sites is {wanted}: compare fingerprints by telephone, then call this command again with "
             "--verified, or `wardround client roster verify FINGERPRINT`",
@@ -160,8 +161,15 @@ def join(invitation: Path, site: Path, coordinator: str | None, verified: tuple[
         )
     if offer.own != node.keys.load().id:
         click.echo("it holds this site's next key: now call `wardround client rotate --finish`", err=True)
-    if node.running() is not None:
+    if running and _dials_anew(offer):
         click.echo("this site runs: stop and start it, so that it takes the new address and authority", err=True)
+    elif running:
+        click.echo("this site runs, and takes the roster with its next message", err=True)
+
+
+def _dials_anew(offer: Offer) -> bool:
+    before, now = offer.before, offer.invitation
+    return before is None or (before.address, before.ca_certificate) != (now.address, now.ca_certificate)
 
 
 def _compared(node: Node, offer: Offer, verified: Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ from wardround.common.identity import Card, Identity
 from wardround.common.lm.packaged import base_digest, find_imported, import_model, resolve
 from wardround.common.messages import PROTOCOL_VERSION
 from wardround.common.roster import Roster
+from wardround.common.supervisor import exclusive
 
 from .consortium_case import NAME, OTHERS, Coordinator, fingerprints, listening, new_site, write_registry
 
@@ -220,6 +221,17 @@ def test_a_newer_roster_is_joined_without_comparing_the_coordinator_again_and_an
     (tmp_path / "old.json").write_bytes(old)
     line = refused(capsys, "client", "join", tmp_path / "old.json", "--site", node.site_toml)
     assert "the pinned one has serial 2" in line
+
+
+def test_a_site_that_runs_is_restarted_for_another_address_and_not_for_a_roster(tmp_path: Path, coordinator, capsys):
+    node = new_site(tmp_path)
+    with exclusive(node.lock_path, "site"):
+        assert "stop and start it" in run(capsys, *join(node, coordinator))[2]
+        told = run(capsys, *join(node, coordinator))[2]
+        assert "takes the roster with its next message" in told and "stop and start" not in told
+        coordinator.address = "127.0.0.1:10"
+        told = run(capsys, *join(node, coordinator))[2]
+        assert "stop and start it" in told and "Next:" not in told
 
 
 def test_leaving_forgets_the_consortium_and_keeps_keys_and_ledger(tmp_path: Path, coordinator, capsys):
