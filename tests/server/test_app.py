@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app.message import remove_content_from_message
 from flwr.common.constant import ErrorCode
+from flwr.common.serde import message_to_proto
+from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
+from flwr.proto.runtime_pb2 import PullAppMessagesResponse
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import http_grid
 from wardround.client.app import app as client
 from wardround.client.app import pack
 from wardround.common.config import CoordinatorConfig, RunConfig, packaged, to_toml
@@ -187,6 +196,44 @@ def test_a_node_that_stays_away_has_failed_after_its_time_or_at_the_deadline(
     grid = Lossy({2: [ErrorCode.NODE_UNAVAILABLE]}, gone={2: range(1, 10**9)})
     (answer,) = answers(grid, timeout_s)
     assert (answer.code, answer.reply) == ("transport", None) and len(grid.received) == 1
+
+
+def test_flowers_grid_looks_for_the_rest_of_a_reply_in_tenths_of_a_second(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(http_grid, "pull_objects", http_grid.pull_objects)  # puts it back afterwards
+    pauses: list[float] = []
+
+    def pull(*given: Any, **named: Any) -> dict[str, bytes]:
+        pauses.extend((named["initial_backoff"], named["backoff_cap"]))
+        return pull_objects(*given, **named)
+
+    monkeypatch.setattr(server, "pull_objects", pull)
+    server.look_often()
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 1, 2
+    sent = Message(content(b"head", masked=b"1234"), dst_node_id=1, message_type="query.mask")
+    sent.metadata.__dict__["_message_id"] = sent.object_id
+    parts = {name: part.deflate() for name, part in get_all_nested_objects(sent).items()}
+    late = set(parts)  # each is asked for twice
+
+    class Runtime:
+        def PullMessages(self, _: Any) -> PullAppMessagesResponse:  # noqa: N802
+            about = message_to_proto(remove_content_from_message(sent))
+            return PullAppMessagesResponse(messages_list=[about], message_object_trees=[get_object_tree(sent)])
+
+        def PullObject(self, asked: PullObjectRequest) -> PullObjectResponse:  # noqa: N802
+            if asked.object_id in late:
+                late.remove(asked.object_id)
+                return PullObjectResponse(object_found=True, object_available=False)
+            found = parts[asked.object_id]
+            return PullObjectResponse(object_found=True, object_available=True, object_content=found)
+
+        def ConfirmMessageReceived(self, _: Any) -> None: ...  # noqa: N802
+
+    grid = http_grid.HttpGrid(token="any")
+    grid._client = Runtime()  # pyright: ignore[reportAttributeAccessIssue]
+    grid.set_run(Run.create_empty(1))
+    (found,) = grid.pull_messages(["any"])
+    assert found.content.array_records["wardround.vectors"]["masked"].data == b"1234"
+    assert not late and max(pauses) <= 1.0
 
 
 def content(head: Any, **vectors: bytes) -> RecordDict:
