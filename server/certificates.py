@@ -90,6 +90,19 @@ def make_authority(folder: Path, consortium: str) -> None:
     write_once(folder / "ca.pem", certificate.public_bytes(Encoding.PEM), 0o644)
 
 
+def replace_authority(folder: Path, consortium: str) -> None:
+    """Puts the authority aside, as ca.pem.old, and makes another; the old key is deleted.
+
+    Args:
+        folder: with ca.pem, or without.
+        consortium: the name on the new one.
+    """
+    (folder / "ca.key").unlink(missing_ok=True)
+    if (folder / "ca.pem").exists():
+        (folder / "ca.pem").replace(folder / "ca.pem.old")
+    make_authority(folder, consortium)
+
+
 def make_server(folder: Path, host: str) -> Validity:
     """Makes server.pem and server.key, in the place of what is there.
 

@@ -429,17 +429,25 @@ def finalize(run: str, where: Path) -> None:
         click.echo(path)
 
 
-@click.command(epilog="Example: wardround server renew")
+@click.command(epilog="Examples: wardround server renew   ·   wardround server renew --new-authority")
+@click.option("--new-authority", is_flag=True, help="Of a new authority: its key is lost, or somebody has it.")
 @_folder
-def renew(where: Path) -> None:
+def renew(where: Path, new_authority: bool) -> None:
     """Make a new TLS certificate and key for the SuperLink, of the same authority; shown from its next start.
 
     Hospitals trust the authority, so they need nothing new. `wardround server start` does this by itself when the
-    certificate has less than two months left.
+    certificate has less than two months left. After --new-authority no hospital connects before it has joined with a
+    new invitation and started again.
     """
-    from .certificates import make_server
+    from ..common.errors import RunFolderError
+    from .certificates import make_server, replace_authority
 
     folder = _open(where)
+    if new_authority:
+        if _is_started(folder):
+            raise RunFolderError(f"{folder.path}: its processes trust the old authority: stop the coordinator first")
+        replace_authority(folder.tls, folder.config.consortium)
+        click.echo("a new authority: call `wardround server invite`, and send every hospital its invitation")
     made = make_server(folder.tls, folder.host)
     click.echo(f"{folder.tls / 'server.pem'}: until {made.ends:%Y-%m-%d}, for {', '.join(made.hosts)}")
 

@@ -300,6 +300,19 @@ def test_renew_makes_a_certificate_for_the_address_as_it_is_now(here: Path, caps
     assert "other.example.org" in validity(here / "c" / "tls" / "server.pem").hosts
 
 
+def test_a_new_authority_takes_the_place_of_one_whose_key_is_lost(here: Path, capsys):
+    works(capsys, *INIT)
+    folder = CoordinatorFolder.open(here / "c")
+    before = (folder.tls / "ca.pem").read_text()
+    with exclusive(folder.lock, "the coordinator"):
+        assert "stop the coordinator first" in refused(capsys, "renew", "--new-authority", "-C", "c")
+    (folder.tls / "ca.key").unlink()
+    assert "call `wardround server invite`" in works(capsys, "renew", "--new-authority", "-C", "c")
+    assert (folder.tls / "ca.pem.old").read_text() == before != (folder.tls / "ca.pem").read_text()
+    assert check_server(folder.tls, "coordinator.example.org").days_left() > 390
+    assert (folder.tls / "ca.key").stat().st_mode & 0o777 == 0o600
+
+
 def test_the_passphrase_reaches_one_process_and_no_command_line(here: Path, capsys):
     works(capsys, *INIT)
     folder = CoordinatorFolder.open(here / "c")
