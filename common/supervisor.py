@@ -30,6 +30,7 @@ from .errors import RunFolderError, UserError
 from .files import private_folder, write_atomic
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+IN_ORDER_S = 30.0  # one that lived shorter has done nothing yet
 FINAL = 2  # exit code of a mistake: starting again cannot help
 MAX_LOG_BYTES = 20_000_000  # then NAME.log becomes NAME.log.1; looked at when a process starts, and every minute
 _LOOK_S = 0.2
@@ -176,9 +177,11 @@ class Supervisor:
         if code == FINAL:
             raise ChildError(self._last_line(one.child) or f"{one.child.name}: ended with exit code {FINAL}")
         one.restarts += 1
-        # One that ended in order (a worker that wants a fresh process) is wanted back at once.
-        one.due = now + (0.0 if code == 0 else one.pause_s)
-        one.pause_s = FIRST_PAUSE_S if code == 0 else min(2 * one.pause_s, LONGEST_PAUSE_S)
+        # One that ended in order (a worker that wants a fresh process) is wanted back at once, and one that does so
+        # again and again (a SuperNode that is refused) is not.
+        in_order = code == 0 and now - one.started > IN_ORDER_S
+        one.due = now + (0.0 if in_order else one.pause_s)
+        one.pause_s = FIRST_PAUSE_S if in_order else min(2 * one.pause_s, LONGEST_PAUSE_S)
         _say(f"{one.child.name} ended ({_words(code)}); starting it again in {max(0.0, one.due - now):.0f} s")
         self._write()
 

@@ -143,6 +143,7 @@ def test_one_that_ends_in_order_is_back_at_once_and_a_crashing_one_waits_longer_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(supervisor, "FIRST_PAUSE_S", 0.4)
+    monkeypatch.setattr(supervisor, "IN_ORDER_S", 0.0)
     running = Supervisor(
         [child("ends", "print('here')"), child("fails", "import sys; print('here'); sys.exit(1)")],
         tmp_path / "logs",
@@ -153,6 +154,16 @@ def test_one_that_ends_in_order_is_back_at_once_and_a_crashing_one_waits_longer_
     times = {name: (tmp_path / "logs" / f"{name}.log").read_text().count("here") for name in ("ends", "fails")}
     assert 2 <= times["fails"] <= 5  # pauses of 0.4, 0.8, 1.6, 3.2 s
     assert times["ends"] > times["fails"]
+
+
+def test_one_that_ends_in_order_as_soon_as_it_was_started_waits_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE_S", 0.4)  # a SuperNode that is refused ends with 0
+    running = Supervisor([child("ends", "print('here')")], tmp_path / "logs", tmp_path / "status.json")
+    threading.Timer(4.0, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    assert running.run() == 0
+    assert 2 <= (tmp_path / "logs" / "ends.log").read_text().count("here") <= 5
 
 
 def test_a_long_log_is_kept_once_and_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
