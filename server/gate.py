@@ -6,9 +6,9 @@ each around the next; none of them imports Flower.
 
 On the public socket, in this order: an address that was refused too often waits (429); any route but the hospitals'
 is not there (404); a request without the signature of an enrolled node key ends (401), before a byte of its body is
-read; a body that is too large (413) or too slow (408) ends. On the loopback socket: routes of the coordinator's own
-processes (404), Control with the coordinator's token (401). Which socket a request came by is what the kernel says of
-the connection, never a header.
+read; a body that is too large (413) or too slow (408) ends; a few at once go on, the others wait. On the loopback
+socket: routes of the coordinator's own processes (404), Control with the coordinator's token (401). Which socket a
+request came by is what the kernel says of the connection, never a header.
 
 Not protected: an enrolled hospital may still send much, slowly and for long; it is known by name, and can be revoked.
 Connections that never finish their handshake hold a place until a timeout ends them; beyond that a firewall helps.
@@ -154,6 +154,60 @@ class Bodies:
             return await receive()
 
         await self.app(scope, replay, send)
+
+
+class Turns:
+    """Lets so many requests at once into the application; the others wait with their body, of which there is one copy.
+
+    Inside, a piece of 5 MB is there four times: as bytes, parsed, in the database's hands, packed again. A request's
+    turn ends when its answer begins, so that nobody waits for a slow line.
+    """
+
+    def __init__(self, app: Application, most: int) -> None:
+        self.app, self._free = app, asyncio.Semaphore(most)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        await self._free.acquire()
+        inside = True
+
+        def leave() -> None:
+            nonlocal inside
+            if inside:
+                inside = False
+                self._free.release()
+
+        async def answered(message: Message) -> None:
+            leave()
+            await send(message)
+
+        try:
+            await self.app(scope, receive, answered)
+        finally:
+            leave()
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Sends an answer in pieces, each once the connection has taken the one before: else TLS holds two more copies."""
+
+    app: Application
+    piece_bytes: int
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def cut(message: Message) -> None:
+            body = message.get("body", b"") if message["type"] == "http.response.body" else b""
+            if len(body) <= self.piece_bytes:
+                await send(message)
+                return
+            for start in range(0, len(body), self.piece_bytes):
+                end = start + self.piece_bytes
+                more = end < len(body) or message.get("more_body", False)
+                await send({"type": message["type"], "body": body[start:end], "more_body": more})
+
+        await self.app(scope, receive, cut)
 
 
 class Later:

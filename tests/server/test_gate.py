@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from wardround.server import gate
-from wardround.server.gate import Allowed, Bodies, Failures, NodeKeys, Sockets, Token, listen, network
+from wardround.server.gate import Allowed, Bodies, Failures, NodeKeys, Pieces, Sockets, Token, Turns, listen, network
 
 ROUTES = frozenset({("POST", "/v1/fleet/pull-messages"), ("GET", "/health")})
 
@@ -291,3 +291,63 @@ def test_examples_in_the_docstrings_hold() -> None:
     for module in (gate, coordinator):
         done = doctest.testmod(module)
         assert done.failed == 0 and done.attempted > 0
+
+
+def test_so_many_at_once_are_let_in_and_a_turn_ends_when_the_answer_begins():
+    inside, most, slow = 0, 0, asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        await asyncio.sleep(0)
+        inside -= 1
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def main() -> None:
+        turns, waiting = Turns(app, 2), 0
+
+        async def send(message: Any) -> None:
+            nonlocal waiting
+            if message["type"] == "http.response.body":  # a line so slow that it takes nothing
+                waiting += 1
+                if waiting == 9:
+                    slow.set()
+                await slow.wait()
+
+        scope = {"type": "http"}
+        await asyncio.wait_for(asyncio.gather(*(turns(scope, asyncio.sleep, send) for _ in range(9))), 30)
+
+    asyncio.run(main())
+    assert most == 2 and slow.is_set()
+
+
+def test_a_turn_ends_with_an_application_that_fails():
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise OSError
+
+    async def main() -> None:
+        turns = Turns(app, 1)
+        for _ in range(3):
+            with pytest.raises(OSError):
+                await asyncio.wait_for(turns({"type": "http"}, asyncio.sleep, asyncio.sleep), 30)
+
+    asyncio.run(main())
+
+
+def test_an_answer_leaves_in_pieces_and_whole():
+    body, sent = bytes(range(256)) * 5, []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b"end"})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(Pieces(app, 500)({"type": "http"}, asyncio.sleep, send))
+    assert [len(one.get("body", b"")) for one in sent] == [0, 500, 500, 280, 3]
+    assert b"".join(one.get("body", b"") for one in sent) == body + b"end"
+    assert [one.get("more_body", False) for one in sent[1:]] == [True, True, True, False]
