@@ -1,7 +1,7 @@
 """`wardround client check`: everything that must be right before this hospital can take part, a line each.
 
-Run by the site. Enters: its folder, this machine, the coordinator's address. Leaves: one HTTPS request to that address,
-without a body or a name; nothing else. Private: counts of patients, for the hospital's own screen.
+Run by the site. Enters: its folder, this machine, the coordinator's address. Leaves: two HTTPS requests to that
+address, without a body or a name; nothing else. Private: counts of patients, for the hospital's own screen.
 
 No check changes anything but what opening a site always does. One that fails never hides another.
 """

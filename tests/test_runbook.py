@@ -1,14 +1,21 @@
-"""docs/runbook.md quotes the program: every line and code in it is written by the source, so that it cannot rot."""
+"""docs/runbook.md quotes the program: every line and code in it is written by the source, so that it cannot rot.
+
+And every command that it and the two pages on deployment name is one that the command line takes.
+"""
 
 import ast
 import re
+import shlex
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+import click
 import pytest
 from wardround.common import errors
 from wardround.common.errors import SumError, WardroundError
+
+from .test_docker import resolve
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "runbook.md").read_text("utf-8")
@@ -93,3 +100,31 @@ def test_every_link_of_the_runbook_leads_somewhere():
         heads = [re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.splitlines()
                  if line.startswith("#")]  # fmt: skip
         assert not anchor or anchor in heads, target
+
+
+def blocks(text: str) -> list[str]:
+    """The lines of a document's blocks of commands, comments cut off."""
+    found = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
+    return [line.split(" # ")[0].strip() for line in found.splitlines()]
+
+
+def commands(text: str) -> list[str]:
+    """Every whole `wardround …` command of a document: those in blocks, and those in the text that name an action."""
+    spans = re.findall(r"`(wardround [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+    lines = [line for line in blocks(text) if line.startswith("wardround ")]
+    return [*lines, *(span for span in spans if "…" not in span and len(span.split()) > 2)]
+
+
+@pytest.mark.parametrize("name", ["deployment.md", "deployment-site.md", "runbook.md"])
+def test_every_command_of_the_pages_is_one_that_the_command_line_takes(name: str):
+    text = (ROOT / "docs" / name).read_text("utf-8")
+    found = commands(text)
+    assert len(found) >= 8
+    for line in found:
+        words = shlex.split(line)[1:]
+        try:
+            assert resolve(words)
+        except click.MissingParameter:  # of a command that the text only names
+            assert line not in blocks(text), line
+        except click.ClickException as error:
+            pytest.fail(f"{line}: {error.format_message()}")
