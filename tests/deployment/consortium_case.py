@@ -61,9 +61,10 @@ class Consortium:
 
         def over() -> float | None:
             said = run_status.read(run)
+            wanted = keeper.wanted(run) is not None
             if (said.get("ended") or {}).get("code") == "":
-                return float(said["ended"]["at"])
-            assert keeper.wanted(run) is not None, f"it waits for a person: {said}\n{self.coordinator.logs()}"
+                return None if wanted else float(said["ended"]["at"])  # another may be submitted once the keeper knows
+            assert wanted, f"it waits for a person: {said}\n{self.coordinator.logs()}"
             return None
 
         try:
