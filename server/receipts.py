@@ -178,6 +178,7 @@ class Agreement:
         replies: what the ledger records of the run.
         received: what the coordinator signed for.
         unconfirmed: recorded, and no receipt: lines of the ledger.
+        repeated: recorded once more than it was received, the same bytes: lines of the ledger.
         problems: what does not agree, a sentence each.
     """
 
@@ -185,6 +186,7 @@ class Agreement:
     replies: int = 0
     received: int = 0
     unconfirmed: list[int] = field(default_factory=list)
+    repeated: list[int] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -199,7 +201,9 @@ def check(
 
     Every reply that was received must be recorded, as often and with the same size, round and phase. Every reply that
     was recorded must have been received, but for the last, for one at every start of the coordinator after the first,
-    and for those that it noted as lost on the way. A receipt that a ledger holds must be among the coordinator's.
+    and for those that it noted as lost on the way. Of one that was recorded several times, for it was lost and asked
+    again, one must have been received: the others are the same bytes. A receipt that a ledger holds must be among the
+    coordinator's.
 
     Args:
         found: the coordinator's receipts.
@@ -283,7 +287,9 @@ def _compare(
             )
         elif not 1 <= held["n"] < entry["n"] or _about(whole[held["n"] - 1]) != _about_of(receipt):
             result.problems.append(f"line {entry['n']}: its receipt is not for line {held['n']}, which it names")
-    result.unconfirmed = sorted(line for lines in left.values() for line in lines)
+    received = {_about_of(receipt) for receipt in receipts}
+    result.repeated = sorted(line for about, lines in left.items() if about in received for line in lines)
+    result.unconfirmed = sorted(line for about, lines in left.items() if about not in received for line in lines)
     if len(result.unconfirmed) > may_be_unconfirmed:
         lines = ", ".join(map(str, result.unconfirmed))
         result.problems.append(
@@ -325,4 +331,6 @@ def describe(agreement: Agreement) -> str:
     if agreement.unconfirmed:
         lines = ", ".join(map(str, agreement.unconfirmed))
         text += f"; recorded and not confirmed: line{'s' * (len(agreement.unconfirmed) > 1)} {lines}"
+    if agreement.repeated:
+        text += f"; sent again: line{'s' * (len(agreement.repeated) > 1)} {', '.join(map(str, agreement.repeated))}"
     return text + ("" if agreement.problems else "; they agree")

@@ -24,7 +24,7 @@ from wardround.common.roster import Roster
 from wardround.server.aggregation import SecureSums
 from wardround.server.journal import open_journal
 from wardround.server.phases import Answer, Consortium
-from wardround.server.receipts import FILE, Agreement, Receipts, check, read_receipts, read_run
+from wardround.server.receipts import FILE, Agreement, Receipts, check, describe, read_receipts, read_run
 from wardround.server.roll_call import RollCall
 from wardround.server.run import Coordinator
 from wardround.server.tracking import SilentProgress
@@ -347,6 +347,23 @@ def test_a_reply_that_was_recorded_and_not_received_is_found(two: Two):
     two.reply(5, received=False, receipt=None)
     assert "lines 4, 5 were recorded and not received; 1 may be" in two.check()[0]
     assert two.check(starts=2) == []
+
+
+def test_a_reply_that_was_lost_and_sent_again_is_received_once(two: Two):
+    """The same bytes: nothing more has left than what was signed for. Of one that never arrived that is not so."""
+    for _ in range(3):
+        two.reply(4, received=False, receipt=None)
+    assert "lines 4, 5, 6 were recorded and not received" in two.check()[0]
+    two.reply(4, receipt=None)
+    assert two.check() == []
+    for _ in range(3):
+        two.reply(3, received=False, receipt=None)
+    path = two.folder / FILE
+    (agreement,) = check(read_receipts(path, RUN_ID), RUN_ID, {"x": two.ledger.path.read_bytes()}, two.roster)
+    assert (agreement.problems, agreement.unconfirmed, agreement.repeated) == ([], [], [5, 6, 7, 8, 9, 10])
+    assert (
+        describe(agreement) == "north: 10 replies recorded, 4 received; sent again: lines 5, 6, 7, 8, 9, 10; they agree"
+    )
 
 
 def test_a_receipt_that_the_coordinator_did_not_sign_or_no_longer_has_is_found(two: Two):
