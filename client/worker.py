@@ -77,7 +77,8 @@ from ..common.key_file import read_secret  # noqa: E402
 from . import gate, site  # noqa: E402
 from .app import app  # noqa: E402
 
-POLL_S = 0.1  # between looks for a task
+POLL_S = (0.1, 0.5)  # between looks for a task: while a sum is under way, and after a while without any
+_IDLE_SHARE = 0.02  # between them, this share of the time without a task: so much later one is found at most
 PULL_S = (0.02, 0.5)  # between looks for a message that is still on its way to the SuperNode
 DRAIN_S = 60.0  # for the message under way, after SIGTERM
 SEND_S = 3.0  # the SuperNode looks for replies every half second; it is stopped after this process
@@ -198,7 +199,7 @@ class Worker:
         say("ready")
         try:
             self._go_on()
-            unreachable = False
+            unreachable, idle_since = False, time.monotonic()
             while not self.stopping.is_set():
                 if why := self._stale():
                     say(f"ends, to be started again: {why}")
@@ -215,9 +216,11 @@ class Worker:
                     say("the SuperNode answers")
                     unreachable = False
                 if token is None:
-                    self.stopping.wait(POLL_S)
+                    idle = time.monotonic() - idle_since
+                    self.stopping.wait(min(max(POLL_S[0], _IDLE_SHARE * idle), POLL_S[1]))
                 else:
                     self._serve(token)
+                    idle_since = time.monotonic()
         finally:
             client.close()
         if self.answered or self.refused:
