@@ -32,6 +32,10 @@ def main(grid: Grid, context: Context) -> None:
     """Every exchange of the plan, as often as it says."""
     folder = Path(os.environ["WARDROUND_TIMES"])
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    if plan["polls"] == "ours":
+        from wardround.server.app import look_often
+
+        look_often()
     nodes = sorted(grid.get_node_ids())
     while len(nodes) < plan["sites"]:
         time.sleep(1)
