@@ -487,7 +487,8 @@ def memory_bytes() -> int:
 
 def say(line: str) -> None:
     """One line to the log that the supervisor keeps."""
-    print(f"{datetime.now(UTC).isoformat(timespec='seconds')} {line}", flush=True)
+    with suppress(OSError):  # a full disk must not end the worker
+        print(f"{datetime.now(UTC).isoformat(timespec='seconds')} {line}", flush=True)
 
 
 def _kind(error: BaseException) -> str:

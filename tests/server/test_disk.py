@@ -1,12 +1,16 @@
 """A full disk at the coordinator: nothing ends, nothing is started in vain, and one line says what is wrong."""
 
+import os
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from wardround.client import worker
+from wardround.common import supervisor
 from wardround.common.config import CoordinatorConfig
-from wardround.server import disk
+from wardround.server import disk, keeper
 from wardround.server.certificates import make_authority, make_server
 from wardround.server.coordinator import CoordinatorFolder, create
 from wardround.server.disk import full
@@ -68,6 +72,20 @@ def test_what_a_run_says_of_itself_may_be_lost(tmp_path: Path):
     status.begin("train", 1, ["north"])
     status.answered("train", "north", "")
     status.end(None)
+
+
+@pytest.mark.parametrize("say", [supervisor._say, keeper._say, worker.say])
+def test_a_line_that_no_log_can_take_is_lost_and_ends_nothing(
+    say: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+):
+    stream = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", stream)
+        patch.setattr("sys.stderr", stream)
+        say("a line")
+        say("another")
+    with pytest.raises(OSError, match="No space left"):  # it was tried
+        stream.close()
 
 
 def test_a_database_that_a_full_disk_keeps_from_being_opened_is_neither_a_mistake_nor_damaged(
