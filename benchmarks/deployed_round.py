@@ -168,6 +168,7 @@ def hospitals(made: Any, executor: str, bundle: bytes) -> Iterator[None]:
     import hashlib
 
     from wardround.client.node import Node, free_port
+    from wardround.common.supervisor import end_with_parent
 
     processes: list[subprocess.Popen[bytes]] = []
     logs: list[Path] = []
@@ -198,6 +199,7 @@ def hospitals(made: Any, executor: str, bundle: bytes) -> Iterator[None]:
                             stderr=subprocess.STDOUT,
                             env=environment,
                             start_new_session=True,
+                            preexec_fn=end_with_parent,
                         )
                     )
         deadline = time.monotonic() + 120
