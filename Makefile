@@ -77,7 +77,7 @@ check: $(READY)  ## format, lint, types, import rules
 	$(BIN)/lint-imports
 
 bench: $(READY)  ## every benchmark; figures go to benchmarks/results
-	set -e; for name in questions federation secagg superlink grpo_step dp_step deployed_round; do $(BIN)/python benchmarks/$$name.py; done
+	set -e; for name in questions federation secagg superlink grpo_step dp_step; do $(BIN)/python benchmarks/$$name.py; done
 
 clean:  ## remove the environment, caches and demo runs
 	rm -rf $(VENV) build dist *.egg-info runs/demo runs/small .pytest_cache .ruff_cache .hypothesis

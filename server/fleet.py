@@ -2,7 +2,7 @@
 
 Run by the coordinator, in the SuperLink's process (server/superlink.py), once before its application is made. Enters:
 Flower's handlers. Leaves: the same, each around the one before. Private: nothing; messages are not looked at. What is
-relied on of flwr's own is listed in tests/server/test_fleet.py.
+relied on of flwr's own is listed in tests/server/test_flwr_contract.py.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..client.node import ENVIRONMENT
 from ..client.registry import write_registry
 from ..common.config import RunConfig, to_toml
 from ..common.dictionary import dump_dictionary
@@ -40,13 +41,7 @@ WARDROUND = Path(sysconfig.get_path("scripts")) / "wardround"
 NODE = "supernode"  # the process of a hospital that talks to the coordinator
 _FINGERPRINT = re.compile(r"\b[A-Z2-7]{4}(?: [A-Z2-7]{4}){7}\b")
 # What docs/deployment-site.md says to set for Flower's own programs: nothing is reported, looked up or installed.
-STOCK_ENVIRONMENT = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-}
+STOCK_ENVIRONMENT = {**ENVIRONMENT, "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"}
 _PATIENCE_S = 180.0  # for a process to come up, on a busy machine
 _STOP_S = 90.0
 
@@ -245,9 +240,8 @@ class Deployment:
         private_folder(state / "logs")
         secret = state / "stock.secret"
         write_atomic(secret, secrets.token_hex(32).encode())
-        path = os.pathsep.join(
-            [str(WARDROUND.parent), os.environ.get("PATH", os.defpath)]
-        )  # of an activated environment
+        # The executor looks for flwr-clientapp there, as in an environment that was activated.
+        path = os.pathsep.join([str(WARDROUND.parent), os.environ.get("PATH", os.defpath)])
         environment = {**STOCK_ENVIRONMENT, "FLWR_HOME": str(state / "flower"), "PATH": path}
         party.process = self._popen(
             [
@@ -298,9 +292,8 @@ class Deployment:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if party.process is not None and (code := party.process.poll()) is not None:
-                said = (
-                    party.log(NODE) if party.stock else (self.out / f"{party.name}.log").read_text("utf-8", "replace")
-                )
+                own = self.out / f"{party.name}.log"
+                said = party.log(NODE) if party.stock else own.read_text("utf-8", "replace")
                 last = " ".join(said.strip().splitlines()[-3:])
                 raise DeploymentError(f"{party.name}: ended with exit code {code}: {last}")
             if self._is_up(party):
