@@ -19,7 +19,7 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,23 +28,25 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 from torch.nn.functional import log_softmax
+from torch.utils.data import DataLoader, Dataset
 
 from ..common.adapter import Float32Array, Manifest, flatten, unflatten, vector_digest
-from ..common.config import NO_PRIVACY, LoraConfig, RunConfig, WarmupConfig, load_run, packaged
+from ..common.config import NO_PRIVACY, LoraConfig, ModelConfig, RunConfig, WarmupConfig, load_run, packaged
 from ..common.errors import ConfigError, ModelError, VerificationError
 from ..common.lm.answers import answer_questions
 from ..common.lm.models import LanguageModel, cache_folder, read_tensors, verify_adapter
 from ..common.lm.prefix import causal_model
-from ..common.lm.scoring import encode_texts, hidden_states, option_token_ids, render
+from ..common.lm.scoring import Reader, encode_texts, hidden_states, option_token_ids, render
 from ..common.question import LETTERS, PromptTemplate, load_prompt
 from .warmup_questions import Stated, synthetic_questions
 
-CODE_VERSION = 1  # raised when a change here or in warmup_questions.py changes what is trained
+CODE_VERSION = 2  # raised when a change here or in the files of questions changes what is trained
 HELD_OUT_QUESTIONS = 200
 _USAGE_KEY = b"wardround warm-up 1\0"
 _HELD_OUT_STREAM, _TRAIN_STREAM = 1, 0
 _RAMP_STEPS = 10  # the learning rate rises over these, then falls linearly to a tenth
 _GRADIENT_NORM = 1.0
+_WORKERS = 6  # processes that write questions for a GPU, which would wait for one
 
 # What a report keeps of the adapter that its training went on from.
 _FIRST_PART = (
@@ -198,7 +200,6 @@ def binding_accuracy(lm: LanguageModel, stated: Sequence[Stated], template: Prom
 
 def _train(lm: LanguageModel, config: RunConfig, template: PromptTemplate, on_step: OnStep | None) -> list[float]:
     settings = config.warmup
-    rng = np.random.default_rng([settings.seed, _TRAIN_STREAM])
     parameters = dict(lm.parameters)
     frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
@@ -206,31 +207,22 @@ def _train(lm: LanguageModel, config: RunConfig, template: PromptTemplate, on_st
     try:
         for parameter in frozen:
             parameter.requires_grad_(True)
-        for step in range(settings.steps):
+        for step, batch in enumerate(_batches(lm, config, template)):
             ramp = min(1.0, (step + 1) / _RAMP_STEPS)
             fall = 1.0 - 0.9 * step / settings.steps
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * ramp * fall
-            batch = synthetic_questions(
-                settings.batch_size,
-                rng,
-                template,
-                features_per_record=settings.features_per_record,
-                n_options=config.questions.n_options,
-                hinted_share=settings.hinted_share,
-            )
             optimizer.zero_grad()
-            loss = 0.0
+            loss = torch.zeros((), device=lm.device)
             for start in range(0, len(batch), config.speed.micro_batch):
-                part = batch[start : start + config.speed.micro_batch]
-                share = _loss(lm, part, template, settings) / len(batch)
+                share = _loss(lm, batch[start : start + config.speed.micro_batch]) / len(batch)
                 share.backward()
-                loss += float(share.detach())
+                loss += share.detach()
             torch.nn.utils.clip_grad_norm_(parameters.values(), _GRADIENT_NORM)
             optimizer.step()
-            losses.append(loss)
+            losses.append(float(loss))
             if on_step is not None:
-                on_step(step + 1, settings.steps, loss)
+                on_step(step + 1, settings.steps, losses[-1])
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -239,36 +231,112 @@ def _train(lm: LanguageModel, config: RunConfig, template: PromptTemplate, on_st
     return losses
 
 
-def _loss(lm: LanguageModel, batch: Sequence[Stated], template: PromptTemplate, settings: WarmupConfig) -> torch.Tensor:
-    """Sum over questions of the cross-entropy of the right letter, or of the mean over the reasoning's tokens."""
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A synthetic question as tokens.
+
+    Attributes:
+        prompt: its token ids, up to the answer.
+        target: the answer's token ids: the right letter, or the reasoning, the letter and the end of the turn.
+        letters: ids of the options' letters, and what each is trained to be (sums to 1); empty with reasoning.
+    """
+
+    prompt: list[int]
+    target: list[int]
+    letters: list[int]
+    shares: list[float]
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """A tokenizer without its model, for processes that have none."""
+
+    config: ModelConfig
+    tokenizer: Any
+
+
+class _Batches(Dataset[list[Example]]):
+    """The training questions of every step, by its number alone, so that any process may write any of them."""
+
+    def __init__(self, reader: Reader, config: RunConfig, template: PromptTemplate) -> None:
+        self.reader, self.config, self.template = reader, config, template
+
+    def __len__(self) -> int:
+        return self.config.warmup.steps
+
+    def __getitem__(self, step: int) -> list[Example]:
+        """Questions of a step, the shortest first: those that go through the model together are alike in length."""
+        settings = self.config.warmup
+        made = synthetic_questions(
+            settings.batch_size,
+            np.random.default_rng([settings.seed, _TRAIN_STREAM, step]),
+            self.template,
+            features_per_record=settings.features_per_record,
+            n_options=self.config.questions.n_options,
+            hinted_share=settings.hinted_share,
+        )
+        return sorted(examples(self.reader, made, self.template, settings), key=lambda item: len(item.prompt))
+
+
+def _batches(lm: LanguageModel, config: RunConfig, template: PromptTemplate) -> Iterable[list[Example]]:
+    reader = _Tokens(lm.config, lm.tokenizer)
+    workers = _WORKERS if lm.device.type == "cuda" else 0
+    return DataLoader(
+        _Batches(reader, config, template),
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context="spawn" if workers else None,  # CUDA does not survive a fork
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def examples(
+    reader: Reader, batch: Sequence[Stated], template: PromptTemplate, settings: WarmupConfig
+) -> list[Example]:
+    """Synthetic questions as tokens.
+
+    Raises:
+        ModelError: the prompt's letters are not single tokens of the model.
+    """
     reasoning = settings.reasoning_tokens > 0
-    texts = [render(lm, template, item.question, reasoning) for item in batch]
-    prompts = encode_texts(lm, texts)
+    texts = [render(reader, template, item.question, reasoning) for item in batch]
+    prompts = encode_texts(reader, texts)
     if reasoning:
-        end = turn_end(lm, template)
+        end = turn_end(reader, template)
         answers = [f" {item.reason}\n{template.forced}{LETTERS[item.question.answer]}}}" + end for item in batch]
-        targets = encode_texts(lm, answers)
-        letters: list[int] = []
-    else:
-        letters = option_token_ids(lm.tokenizer, texts[0], max(len(item.question.options) for item in batch))
-        targets = [[letters[item.question.answer]] for item in batch]
-    sequences = [prompt + target[:-1] for prompt, target in zip(prompts, targets, strict=True)]
-    rows = [row for row, target in enumerate(targets) for _ in target]
-    columns = [
-        len(prompt) - 1 + place for prompt, target in zip(prompts, targets, strict=True) for place in range(len(target))
-    ]
-    hidden = hidden_states(lm, sequences)[rows, columns]
-    log_probs = log_softmax(causal_model(lm).get_output_embeddings()(hidden).float(), dim=-1)
-    right = -log_probs[
-        torch.arange(len(rows)), torch.tensor([token for ids in targets for token in ids], device=lm.device)
-    ]
-    if letters and settings.label_smoothing > 0:
-        others = [-log_probs[row, letters[: len(item.question.options)]].mean() for row, item in enumerate(batch)]
-        right = (1 - settings.label_smoothing) * right + settings.label_smoothing * torch.stack(others)
-    return sum((share.mean() for share in right.split([len(target) for target in targets])), right.new_zeros(()))
+        targets = encode_texts(reader, answers)
+        return [Example(prompt, target, [], []) for prompt, target in zip(prompts, targets, strict=True)]
+    letters = option_token_ids(reader.tokenizer, texts[0], max(len(item.question.options) for item in batch))
+    made: list[Example] = []
+    for item, prompt in zip(batch, prompts, strict=True):
+        n, answer = len(item.question.options), item.question.answer
+        certain = item.shares or tuple(float(index == answer) for index in range(n))
+        smooth = settings.label_smoothing
+        shares = [(1 - smooth) * share + smooth / n for share in certain]
+        made.append(Example(prompt, [letters[answer]], letters[:n], shares))
+    return made
 
 
-def turn_end(lm: LanguageModel, template: PromptTemplate) -> str:
+def _loss(lm: LanguageModel, batch: Sequence[Example]) -> torch.Tensor:
+    """Sum over questions of the cross-entropy of their letters, or of the mean over the reasoning's tokens."""
+    hidden = hidden_states(lm, [item.prompt + item.target[:-1] for item in batch])
+    places = [(row, len(item.prompt) - 1 + k) for row, item in enumerate(batch) for k in range(len(item.target))]
+    rows, columns = torch.tensor(places, device=lm.device).T
+    log_probs = log_softmax(causal_model(lm).get_output_embeddings()(hidden[rows, columns]).float(), dim=-1)
+    # Each place's tokens and what they are trained to be; a question's places weigh 1 together.
+    wanted: list[tuple[int, int, float]] = []
+    for item in batch:
+        first = wanted[-1][0] + 1 if wanted else 0
+        if item.letters:
+            wanted += [(first, token, share) for token, share in zip(item.letters, item.shares, strict=True)]
+        else:
+            wanted += [(first + k, token, 1 / len(item.target)) for k, token in enumerate(item.target)]
+    at, token, share = zip(*wanted, strict=True)
+    chosen = log_probs[torch.tensor(at, device=lm.device), torch.tensor(token, device=lm.device)]
+    return -(torch.tensor(share, device=lm.device) * chosen).sum()
+
+
+def turn_end(lm: Reader, template: PromptTemplate) -> str:
     """What this model's chat template writes after the assistant's text, without trailing white space."""
     mark = "wardround"
     messages = [{"role": "user", "content": template.cue}, {"role": "assistant", "content": mark}]

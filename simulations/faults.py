@@ -31,8 +31,11 @@ SITE_PROCESSES = ("supernode", "worker", SERVICE)
 # One hospital away costs its round's share, two cost the round: so while one is being mended no other is killed.
 _PAUSE_S = (4.0, 15.0)
 _SAMPLE_S = 2.0
-GROWTH = 1.25  # of what a process held in the middle third of the run; what is loaded at the start comes before
-MIN_SAMPLES = 12  # fewer say nothing about growth
+# Memory of a process is judged from its third round on: whenever it was started, it loads its libraries with the first
+# it sees, of which it may see but the end, and its model with the second. Then its last third against its first.
+GROWTH = 1.25
+LOADING_ROUNDS = 2
+MIN_ROUNDS = 3  # fewer beyond these say nothing about growth
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ def soak(
             "kills": [asdict(one) for one in done],
             "rounds": _records(made),
             "memory_mb": watch.memory(),
+            "memory_judged_mb": watch.judged(),
             "defects": defects,
         }
     write_atomic(made.out / "soak.json", json.dumps(content, indent=1).encode() + b"\n", mode=0o644)
@@ -162,7 +166,7 @@ class _Watch:
 
     def __init__(self, made: Deployment, began: float) -> None:
         self._made, self._began = made, began
-        self._samples: dict[tuple[str, str], list[tuple[float, float, int]]] = {}  # (second, MB, process number)
+        self._samples: dict[tuple[str, str], list[tuple[int, float, int]]] = {}  # (round, MB, process number)
         self._sampled = 0.0
 
     def progress(self) -> dict[str, Any]:
@@ -224,13 +228,14 @@ class _Watch:
         if now - self._sampled < _SAMPLE_S:
             return
         self._sampled = now
+        round_number = int(self.progress().get("round", 0))
         for party in (self._made.coordinator, *self._made.hospitals.values()):
             for process in COORDINATOR_PROCESSES if party is self._made.coordinator else SITE_PROCESSES:
                 pid = party.process.pid if process == SERVICE and party.process else party.pid(process)
                 held = resident_mb(pid) if pid else None
                 if pid and held is not None:
                     key = (party.name, process)
-                    self._samples.setdefault(key, []).append((now - self._began, held, pid))
+                    self._samples.setdefault(key, []).append((round_number, held, pid))
 
     def memory(self) -> dict[str, list[float]]:
         """Least and most MB that each process held."""
@@ -239,19 +244,25 @@ class _Watch:
             for (party, process), held in self._samples.items()
         }
 
-    def growth(self) -> list[str]:
-        """Processes whose memory grew: by the last third of one process's samples against its middle third."""
-        grew: list[str] = []
+    def judged(self) -> list[tuple[str, float, float]]:
+        """Processes that lived long enough for growth to be seen: which, MB in the first third, MB in the last."""
+        found: list[tuple[str, float, float]] = []
         for (party, process), held in self._samples.items():
-            for pid in {one[2] for one in held}:
-                own = [one[1] for one in held if one[2] == pid]
-                third = len(own) // 3
-                if len(own) < MIN_SAMPLES:
-                    continue
-                middle, last = max(own[third : 2 * third]), max(own[-third:])
-                if last > GROWTH * middle:
-                    grew.append(f"{party} {process}: held {middle:.0f} MB, later {last:.0f} MB")
-        return grew
+            for pid in dict.fromkeys(one[2] for one in held):
+                seen = sorted({one[0] for one in held if one[2] == pid})
+                own = [mb for at, mb, number in held if number == pid and at in seen[LOADING_ROUNDS:]]
+                if len(seen) >= LOADING_ROUNDS + MIN_ROUNDS:
+                    first, last = max(own[: len(own) // 3 + 1]), max(own[-(len(own) // 3 + 1) :])
+                    found.append((f"{party} {process}", round(first, 1), round(last, 1)))
+        return found
+
+    def growth(self) -> list[str]:
+        """Of these, those whose memory grew."""
+        return [
+            f"{which}: held {first:.0f} MB, later {last:.0f} MB"
+            for which, first, last in self.judged()
+            if last > GROWTH * first
+        ]
 
 
 def resident_mb(pid: int) -> float | None:

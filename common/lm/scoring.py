@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..config import ModelConfig
 from ..errors import ModelError
 from ..question import LETTERS, PromptTemplate, Question, chat, prefill
 from .lora import merged
@@ -27,7 +28,17 @@ from .prefix import SharedPrefix, causal_model, option_log_softmax
 _MERGE_FROM = 8  # prompts from which merging the adapter pays: it takes as long as a prompt or two
 
 
-def render(lm: LanguageModel, template: PromptTemplate, question: Question, reasoning: bool) -> str:
+class Reader(Protocol):
+    """What turns questions into tokens: a model, or its tokenizer alone where there is no model."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+
+def render(lm: Reader, template: PromptTemplate, question: Question, reasoning: bool) -> str:
     """The prompt as text: the model's chat template, the assistant's turn opened, and how it begins.
 
     Raises:
@@ -44,12 +55,12 @@ def render(lm: LanguageModel, template: PromptTemplate, question: Question, reas
     return str(opened) + prefill(template, reasoning)
 
 
-def encode(lm: LanguageModel, template: PromptTemplate, question: Question, reasoning: bool) -> list[int]:
+def encode(lm: Reader, template: PromptTemplate, question: Question, reasoning: bool) -> list[int]:
     """The prompt as token ids, special tokens of the chat template included, nothing added."""
     return encode_texts(lm, [render(lm, template, question, reasoning)])[0]
 
 
-def encode_texts(lm: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
+def encode_texts(lm: Reader, texts: Sequence[str]) -> list[list[int]]:
     """Rendered texts as token ids; nothing is added (a chat template writes its own special tokens)."""
     return [list(ids) for ids in lm.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 

@@ -222,7 +222,7 @@ def test_only_the_answer_is_in_the_loss(tiny_model_path: Path) -> None:
     config = run(tiny_model_path)
     lm, template = fresh(config), load_prompt("en_short")
     batch = synthetic_questions(5, np.random.default_rng(0), template, features_per_record=3, n_options=4)
-    loss = float(warmup._loss(lm, batch, template, config.warmup).detach())
+    loss = float(warmup._loss(lm, warmup.examples(lm, batch, template, config.warmup)).detach())
     expected = 0.0
     for item in batch:
         text = warmup.render(lm, template, item.question, False)
@@ -242,7 +242,7 @@ def test_the_reasoning_loss_covers_reason_box_and_end(tiny_model_path: Path) -> 
     first, second = warmup.encode_texts(lm, [prompt, answer])
     logits = lm.model(input_ids=torch.tensor([first + second])).logits[0, len(first) - 1 : -1]
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor(second))
-    loss = warmup._loss(lm, [item], template, config.warmup)
+    loss = warmup._loss(lm, warmup.examples(lm, [item], template, config.warmup))
     assert abs(float((loss - expected).detach())) < 1e-4
 
 
@@ -409,8 +409,8 @@ def test_smoothing_spreads_the_target_over_the_questions_own_options(tiny_model_
     batch = synthetic_questions(3, np.random.default_rng(0), template, features_per_record=2, n_options=3)
     plain = run(tiny_model_path).warmup
     scores = option_log_probs(lm, [item.question for item in batch], template, 3)
-    smoothed = float(warmup._loss(lm, batch, template, config.warmup).detach())
-    sharp = float(warmup._loss(lm, batch, template, plain).detach())
+    smoothed = float(warmup._loss(lm, warmup.examples(lm, batch, template, config.warmup)).detach())
+    sharp = float(warmup._loss(lm, warmup.examples(lm, batch, template, plain)).detach())
     letters = [score[: len(item.question.options)] for score, item in zip(scores, batch, strict=True)]
     gap = sum(0.5 * (float(s[item.question.answer]) - float(s.mean())) for s, item in zip(letters, batch, strict=True))
     assert smoothed - sharp == pytest.approx(gap, abs=1e-3)
