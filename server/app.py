@@ -7,11 +7,12 @@ Leaves: instructions, the same one to every site of a phase. Private: nothing of
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ _LOST = frozenset(
 _POLL_SHARE = 0.1  # between them, this share of the time since sending: so much later a reply is found at most
 _REST_S = (0.05, 1.0)  # shortest and longest pause between looks for the rest of a reply that has begun to arrive
 
+_deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)  # monotonic: of the phase that a reply is for
+
 app = ServerApp()
 
 
@@ -87,7 +90,7 @@ class FlowerExchange:
         away: dict[int, float] = {}  # since when
         while pending or away:
             for node, message_id in list(pending.items()):
-                for message in self.grid.pull_messages([message_id]):
+                for message in self._pull(message_id, sent + self.timeout_s):
                     del pending[node]
                     if _is_lost(message) and node in here and times[node] < _TIMES:
                         away[node] = time.monotonic()
@@ -111,6 +114,14 @@ class FlowerExchange:
                     times[node] += 1
             if pending or away:
                 time.sleep(min(max(_POLL_S[0], _POLL_SHARE * waited), _POLL_S[1]))
+
+    def _pull(self, message_id: str, deadline: float) -> list[Message]:
+        """The reply, whole; an error where it has begun to arrive and the rest does not come before the deadline."""
+        before = _deadline.set(deadline)
+        try:
+            return list(self.grid.pull_messages([message_id]))
+        finally:
+            _deadline.reset(before)
 
     def _send(self, instructions: Mapping[int, Instruction]) -> tuple[dict[int, str], dict[int, int]]:
         """Every node's message number and its size in bytes."""
@@ -206,10 +217,19 @@ def look_often() -> None:
     """
     from flwr.superlink.grid import http_grid
 
-    # As long as Flower itself would wait, not as often: 500 looks would be over before a slow line has sent its bytes.
-    http_grid.pull_objects = partial(  # pyright: ignore[reportPrivateImportUsage]
-        pull_objects, initial_backoff=_REST_S[0], backoff_cap=_REST_S[1], max_tries_per_object=None
-    )
+    def pull(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict[str, bytes]:
+        # Not by a number of looks, which would be over before a slow line has sent its bytes, nor for the two hours
+        # that Flower would wait: the phase's deadline is the bound.
+        return pull_objects(
+            object_ids,
+            pull_object_fn,
+            max_time=max(_deadline.get() - time.monotonic(), 0.0),
+            initial_backoff=_REST_S[0],
+            backoff_cap=_REST_S[1],
+            max_tries_per_object=None,
+        )
+
+    http_grid.pull_objects = pull  # pyright: ignore[reportPrivateImportUsage]
 
 
 @app.main()

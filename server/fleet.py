@@ -103,10 +103,17 @@ def _anew(handler: Handler, clock: Callable[[], float]) -> Handler:
 
 
 def _give_up(state: Any, node: int, line: str) -> None:
-    """Whoever waits for an answer of what a node had hears that it is gone (server/app.py asks again), not nothing."""
-    if lost := taken(state, node):
+    """Whoever waits for an answer of what a node had hears that it is gone (server/app.py asks again), not nothing.
+
+    The pieces of an answer of which some have arrived go too: the coordinator may be waiting for the others already,
+    and Flower would let it wait for three minutes after the last that came.
+    """
+    if lost := _owed(state, node):
         _LOG.info(line + ": asked again", len(lost))
-        state.delete_messages(message_ins_ids=lost)
+        state.delete_messages(message_ins_ids=set(lost))
+        for answer in lost.values():
+            if answer is not None:
+                state.object_store.delete(answer)
 
 
 class LastHeard:
@@ -152,6 +159,11 @@ class LastHeard:
 
 def taken(state: Any, node: int) -> set[str]:
     """Messages that a node has fetched, and not answered or not with all of its answer."""
+    return set(_owed(state, node))
+
+
+def _owed(state: Any, node: int) -> dict[str, str | None]:
+    """What a node has taken, and of each the answer that has begun to arrive."""
     from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
     from flwr.supercore.utils import uint64_to_int64
     from sqlalchemy import select
@@ -164,7 +176,7 @@ def taken(state: Any, node: int) -> set[str]:
             tuple(row) for row in session.execute(replies.where(MessageRes.reply_to_message_id.in_(fetched)))
         )
     whole = {question for question, answer in answers.items() if _is_whole(state.object_store, answer)}
-    return fetched - whole
+    return {question: answers.get(question) for question in fetched - whole}
 
 
 def _is_whole(store: Any, message: str) -> bool:

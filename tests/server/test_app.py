@@ -1,6 +1,7 @@
 """The coordinator over a Flower grid: replies as they come, silence at the deadline, what is no message; the app."""
 
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,39 @@ def test_a_node_that_stays_away_has_failed_after_its_time_or_at_the_deadline(
     assert (answer.code, answer.reply) == ("transport", None) and len(grid.received) == 1
 
 
+class Runtime:
+    """The Runtime API with one reply, each of whose pieces is there when it has been asked for so many times."""
+
+    def __init__(self, tries: float) -> None:
+        self.sent = Message(content(b"head", masked=b"1234"), dst_node_id=1, message_type="query.mask")
+        self.sent.metadata.__dict__["_message_id"] = self.sent.object_id
+        self.parts = {name: part.deflate() for name, part in get_all_nested_objects(self.sent).items()}
+        self.left = dict.fromkeys(self.parts, tries)
+
+    def PullMessages(self, _: Any) -> PullAppMessagesResponse:  # noqa: N802
+        about = message_to_proto(remove_content_from_message(self.sent))
+        return PullAppMessagesResponse(messages_list=[about], message_object_trees=[get_object_tree(self.sent)])
+
+    def PullObject(self, asked: PullObjectRequest) -> PullObjectResponse:  # noqa: N802
+        self.left[asked.object_id] -= 1
+        if self.left[asked.object_id] >= 0:
+            return PullObjectResponse(object_found=True, object_available=False)
+        found = self.parts[asked.object_id]
+        return PullObjectResponse(object_found=True, object_available=True, object_content=found)
+
+    def ConfirmMessageReceived(self, _: Any) -> None: ...  # noqa: N802
+
+
+def pulled(runtime: Runtime, seconds: float) -> Message:
+    """The reply through Flower's own grid, its pieces for at most so long."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 1, 2
+    grid = http_grid.HttpGrid(token="any")
+    grid._client = runtime  # pyright: ignore[reportAttributeAccessIssue]
+    grid.set_run(Run.create_empty(1))
+    (found,) = FlowerExchange(grid, seconds)._pull("any", time.monotonic() + seconds)
+    return found
+
+
 def test_flowers_grid_looks_for_the_rest_of_a_reply_in_tenths_of_a_second(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(http_grid, "pull_objects", http_grid.pull_objects)  # puts it back afterwards
     pauses: list[float] = []
@@ -208,32 +242,16 @@ def test_flowers_grid_looks_for_the_rest_of_a_reply_in_tenths_of_a_second(monkey
 
     monkeypatch.setattr(server, "pull_objects", pull)
     server.look_often()
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 1, 2
-    sent = Message(content(b"head", masked=b"1234"), dst_node_id=1, message_type="query.mask")
-    sent.metadata.__dict__["_message_id"] = sent.object_id
-    parts = {name: part.deflate() for name, part in get_all_nested_objects(sent).items()}
-    late = set(parts)  # each is asked for twice
-
-    class Runtime:
-        def PullMessages(self, _: Any) -> PullAppMessagesResponse:  # noqa: N802
-            about = message_to_proto(remove_content_from_message(sent))
-            return PullAppMessagesResponse(messages_list=[about], message_object_trees=[get_object_tree(sent)])
-
-        def PullObject(self, asked: PullObjectRequest) -> PullObjectResponse:  # noqa: N802
-            if asked.object_id in late:
-                late.remove(asked.object_id)
-                return PullObjectResponse(object_found=True, object_available=False)
-            found = parts[asked.object_id]
-            return PullObjectResponse(object_found=True, object_available=True, object_content=found)
-
-        def ConfirmMessageReceived(self, _: Any) -> None: ...  # noqa: N802
-
-    grid = http_grid.HttpGrid(token="any")
-    grid._client = Runtime()  # pyright: ignore[reportAttributeAccessIssue]
-    grid.set_run(Run.create_empty(1))
-    (found,) = grid.pull_messages(["any"])
+    found = pulled(Runtime(tries=1), 60.0)
     assert found.content.array_records["wardround.vectors"]["masked"].data == b"1234"
-    assert not late and max(pauses) <= 1.0
+    assert max(pauses) <= 1.0
+
+
+def test_a_reply_whose_rest_does_not_come_is_lost_at_the_deadline(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(http_grid, "pull_objects", http_grid.pull_objects)
+    server.look_often()
+    found = pulled(Runtime(tries=float("inf")), 0.2)
+    assert found.has_error() and server._is_lost(found)
 
 
 def content(head: Any, **vectors: bytes) -> RecordDict:

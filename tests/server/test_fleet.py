@@ -19,7 +19,7 @@ from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import NOOP_FEDERATION_ID
 from flwr.supercore.error import FlowerError
 from flwr.supercore.fab import Fab
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
 from flwr.superlink.servicer.fleet import fleet_handlers
 from wardround.common.config import CoordinatorConfig
 from wardround.common.identity import Identity
@@ -69,8 +69,8 @@ class World:
     def question(self) -> str:
         return self.send(self._message("asked", SUPERLINK_NODE_ID, self.node))
 
-    def answer(self, question: str, pieces: int | None = None) -> None:
-        self.send(self._message("answered", self.node, SUPERLINK_NODE_ID, question), pieces)
+    def answer(self, question: str, pieces: int | None = None) -> str:
+        return self.send(self._message("answered", self.node, SUPERLINK_NODE_ID, question), pieces)
 
     def _message(self, word: str, source: int, destination: int, question: str = "") -> Message:
         about = Metadata(
@@ -177,6 +177,19 @@ def test_an_answer_that_had_arrived_counts_and_half_of_one_does_not(world: World
     world.activate()
     assert world.outcome(whole) == 0
     assert world.outcome(half) == ErrorCode.MESSAGE_UNAVAILABLE
+
+
+def test_whoever_waits_for_the_rest_of_an_answer_hears_that_it_will_not_come(world: World):
+    """The coordinator has seen the answer and pulls its pieces, when the hospital is killed before the last is sent."""
+    question = world.question()
+    world.asks()
+    answer = world.answer(question, pieces=1)
+    assert world.outcome(question) == 0  # Flower hands it out: its pieces are asked for one by one
+    tree = [part.object_id for part in iterate_object_tree(world.state.object_store.get_object_tree(answer))]
+    assert world.state.get_object(world.run, tree[-1]) == b""  # known, and not here yet
+    world.now += SILENT_S
+    world.activate()
+    assert {world.state.get_object(world.run, part) for part in tree} == {None}
 
 
 @pytest.mark.parametrize("arrived", [0, 1])

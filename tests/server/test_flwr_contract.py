@@ -6,6 +6,8 @@ from typing import Any
 import flwr
 import pytest
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+from flwr.supercore.corestate.sql_corestate import SqlCoreState
+from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 from flwr.superlink.grid.http_grid import HttpGrid
 from flwr.supernode import start_client_internal
 
@@ -21,6 +23,11 @@ READ_IN_FLWR_1_41: dict[Callable[..., Any], tuple[str, str]] = {
     SqlLinkState.deactivate_node: ("c3ad2ab2beb46a78", "False, and nothing else, for one that is not"),
     SqlLinkState.delete_messages: ("d4e4907ef5ac5a74", "takes the replies with them"),
     SqlLinkState.get_message_res: ("5c1b460981b4e8d0", "of a message that is gone it says so, at once"),
+    SqlObjectStore.delete: ("ac6c8a3fdb636a2a", "takes the pieces of a message that nothing else has with it"),
+    SqlCoreState.get_object: (
+        "6fca12d9ec588533",
+        "None of what is gone, which ends whoever pulls it; nothing of what is still to come",
+    ),
     HttpGrid.pull_messages: (
         "67a5266a5a2ed515",
         "calls `pull_objects` by that name in its module; a reply whose pieces never come is an error",
