@@ -167,7 +167,7 @@ class Invitation:
 
     def __post_init__(self) -> None:
         what = "invitation"
-        check_name(self.site, what)
+        check_name(self.site, f"{what}: site")
         check_id(self.site_id, f"{what}: site_id")
         check_address(self.address, f"{what}: address")
         if _CERTIFICATE.fullmatch(self.ca_certificate) is None:

@@ -188,7 +188,7 @@ class Card:
     previous_signature: bytes = b""
 
     def __post_init__(self) -> None:
-        check_name(self.name, "card")
+        check_name(self.name, "card: name")
         check_id(self.id, f"card of {self.name}: id")
         if self.previous:
             check_id(self.previous, f"card of {self.name}: previous")
@@ -202,7 +202,7 @@ class Card:
         Raises:
             ConfigError: not a site's name.
         """
-        check_name(name, "card")
+        check_name(name, "card: name")
         said = _card_statement(name, identity.id)
         card = cls(name, identity.id, identity.sign(USE_CARD, said))
         if previous is None:
@@ -252,7 +252,7 @@ class Card:
         if rotated:
             sizes |= {"previous": KEY_BYTES, "previous_signature": SIGNATURE_BYTES}
         fields = {key: hex_bytes(content[key], size, f"{source}: {key}") for key, size in sizes.items()}
-        card = cls(check_name(content["name"], source), **fields)
+        card = cls(check_name(content["name"], f"{source}: name"), **fields)
         card.verify()
         return card
 
@@ -266,7 +266,7 @@ def _card_statement(name: str, public: bytes) -> bytes:
 
 def check_name(value: object, source: str) -> str:
     if not isinstance(value, str) or re.fullmatch(NAME, value) is None:
-        raise ConfigError(f"{source}: name: expected 1 to 64 of letters, digits, '.', '_', '-', got {value!r:.70}")
+        raise ConfigError(f"{source}: expected 1 to 64 of letters, digits, '.', '_', '-', got {value!r:.70}")
     return value
 
 

@@ -55,7 +55,7 @@ class Member:
     status: str = ACTIVE
 
     def __post_init__(self) -> None:
-        check_name(self.name, "roster: member")
+        check_name(self.name, "roster: member: name")
         check_id(self.id, f"roster: {self.name}: id")
         if self.status not in (ACTIVE, REVOKED):
             raise ConfigError(f"roster: {self.name}: expected status active or revoked, got {self.status!r:.40}")
@@ -205,7 +205,8 @@ class Roster:
                 raise ConfigError(f"{source}: expected every member to be an object")
             entry = cast("dict[str, Any]", item)
             check_keys(entry, {"name", "id", "status"}, f"{source}: member")
-            name, public = check_name(entry["name"], source), hex_bytes(entry["id"], KEY_BYTES, f"{source}: id")
+            name = check_name(entry["name"], f"{source}: name")
+            public = hex_bytes(entry["id"], KEY_BYTES, f"{source}: id")
             members.append(Member(name, public, entry["status"]))
         roster = cls(
             serial=serial,

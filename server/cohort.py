@@ -64,7 +64,7 @@ class Cohort:
 
     def shortage(self, phase: str, failures: dict[str, str], answered: int | None = None) -> str:
         """Why a run stops: the phase, how many finished where that is known, and every site that failed."""
-        lost = ", ".join(f"{site} ({code})" for site, code in sorted(failures.items())) or "none failed"
+        lost = ", ".join(f"{site} ({code})" for site, code in sorted(failures.items())) or "no other was connected"
         finished = "fewer finished" if answered is None else f"{answered} finished"
         return (
             f"{phase}: expected at least {self.min_sites} sites (federation.min_sites), {finished}; {lost}. "
