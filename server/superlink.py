@@ -55,6 +55,9 @@ _AT_ONCE = 8  # requests that Flower works on: with more, memory grows with the 
 _PIECE_BYTES = 1 << 18
 _FRESH_BYTES = 1 << 18  # what is as large as this is given back to the system once it is free
 _DRAIN_S = 10  # for requests under way when it stops
+# How long a connection may rest between two requests. Flower's clients (httpx) use one again for five seconds, which is
+# also uvicorn's default: a request that set out as the connection was closed came back as an error.
+IDLE_S = 15
 _PUBLIC_KEY, _SIGNATURE, _TIMESTAMP = b"flwr-public-key", b"flwr-signature", b"flwr-timestamp"
 _OURS = (
     "FLWR_TELEMETRY_ENABLED",
@@ -288,6 +291,7 @@ def serve(folder: CoordinatorFolder) -> None:
         ssl_certfile=str(folder.tls / "server.pem"),
         ssl_keyfile=str(folder.tls / "server.key"),
         timeout_graceful_shutdown=_DRAIN_S,
+        timeout_keep_alive=IDLE_S,
     )
     public, inside = f"{settings.listen_host}:{settings.listen_port}", folder.loopback
     _LOG.info("listening: %s for hospitals, %s for this coordinator", public, inside)

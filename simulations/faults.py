@@ -28,8 +28,9 @@ from .deployment import Deployment, DeploymentError, Party, deployment
 SERVICE = "service"  # the process of the `start` command itself
 COORDINATOR_PROCESSES = ("superlink", "serverapps", "runs", SERVICE)
 SITE_PROCESSES = ("supernode", "worker", SERVICE)
-# One hospital away costs its round's share, two cost the round: so while one is being mended no other is killed.
-_PAUSE_S = (4.0, 15.0)
+# One hospital away costs its round's share, two cost the round: so while one is being mended no other is killed. And
+# a kill every 15 s leaves no phase alone: at 4 to 15 s of pause, two rounds took nine minutes, most of them beginnings.
+_PAUSE_S = (12.0, 40.0)
 _SAMPLE_S = 2.0
 # Memory of a process is judged from its third round on: whenever it was started, it loads its libraries with the first
 # it sees, of which it may see but the end, and its model with the second. Then its last third against its first.

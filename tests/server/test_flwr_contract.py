@@ -1,15 +1,19 @@
 """What server/fleet.py and server/app.py rely on of flwr's own members: each was read, and is still what was read."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import flwr
+import httpx
 import pytest
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.supercore.corestate.sql_corestate import SqlCoreState
 from flwr.supercore.object_store.sql_object_store import SqlObjectStore
+from flwr.supercore.protobuf import client
 from flwr.superlink.grid.http_grid import HttpGrid
 from flwr.supernode import start_client_internal
+from wardround.server.superlink import IDLE_S
 
 from ..client.test_flwr_contract import digest
 
@@ -43,3 +47,8 @@ def test_what_the_coordinator_builds_on_has_not_changed(member: Callable[..., An
         f"{flwr.__version__}). Read it again, and server/fleet.py and server/app.py, which rely on it: {reliance}. "
         "When they agree, run tests/deployment and put the new digest here."
     )
+
+
+def test_a_connection_is_not_closed_while_a_client_of_flower_may_use_it_again() -> None:
+    assert (httpx.Limits().keepalive_expiry or 0) + 5 <= IDLE_S
+    assert "limits=" not in inspect.getsource(client)
