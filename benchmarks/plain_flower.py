@@ -33,9 +33,9 @@ def main(grid: Grid, context: Context) -> None:
     folder = Path(os.environ["WARDROUND_TIMES"])
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     if plan["polls"] == "ours":
-        from wardround.server.app import look_often
+        from wardround.server.app import pull_by_our_clock
 
-        look_often()
+        pull_by_our_clock()
     nodes = sorted(grid.get_node_ids())
     while len(nodes) < plan["sites"]:
         time.sleep(1)

@@ -19,7 +19,7 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError, pull_objects
 
 from ..common.config import RunConfig
 from ..common.dictionary import Dictionary
@@ -58,6 +58,7 @@ _LOST = frozenset(
 )
 _POLL_SHARE = 0.1  # between them, this share of the time since sending: so much later a reply is found at most
 _REST_S = (0.05, 1.0)  # shortest and longest pause between looks for the rest of a reply that has begun to arrive
+_STALL_S = 60.0  # without a piece of it: Flower's are of 5 MiB at most, which a line of 0.7 Mbit/s brings in that time
 
 _deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)  # monotonic: of the phase that a reply is for
 
@@ -92,7 +93,9 @@ class FlowerExchange:
             for node, message_id in list(pending.items()):
                 for message in self._pull(message_id, sent + self.timeout_s):
                     del pending[node]
-                    if _is_lost(message) and node in here and times[node] < _TIMES:
+                    if _is_lost(message) and time.monotonic() - sent >= self.timeout_s:
+                        yield Answer(node, None, "silent", 0, sizes[node])  # it was on its way
+                    elif _is_lost(message) and node in here and times[node] < _TIMES:
                         away[node] = time.monotonic()
                     else:
                         yield _answer(node, message, sizes[node])
@@ -209,23 +212,37 @@ def run(
         )
 
 
-def look_often() -> None:
-    """Makes Flower's grid look for the rest of a reply in tenths of a second: by itself it pauses 1, 2, 4 … 10 s.
+def pull_by_our_clock() -> None:
+    """Makes Flower's grid pull the pieces of a reply as often and as long as a phase can use them.
 
-    A reply is found by its name, while its bytes still come; nothing of Flower's settings says how long to wait then.
-    Of this process only, and of nobody's who imports it: `main` calls it.
+    A reply is found by its name, while its bytes still come. By itself Flower then pauses 1, 2, 4 … 10 s, and goes on
+    for two hours. Here it looks again in tenths of a second, and gives up at the phase's deadline, or when no piece has
+    come for a minute: for so long at most a hospital that stops in the middle keeps the coordinator from the others'
+    replies. Of this process only, and of nobody's who imports it: `main` calls it.
     """
     from flwr.superlink.grid import http_grid
 
     def pull(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict[str, bytes]:
-        # Not by a number of looks, which would be over before a slow line has sent its bytes, nor for the two hours
-        # that Flower would wait: the phase's deadline is the bound.
+        last = time.monotonic()
+
+        def piece(object_id: str) -> bytes:
+            nonlocal last
+            try:
+                found = pull_object_fn(object_id)
+            except ObjectUnavailableError:
+                if time.monotonic() - last > _STALL_S:
+                    raise ObjectPullError(object_id, "no piece came for a minute") from None
+                raise
+            last = time.monotonic()
+            return found
+
         return pull_objects(
             object_ids,
-            pull_object_fn,
+            piece,
             max_time=max(_deadline.get() - time.monotonic(), 0.0),
             initial_backoff=_REST_S[0],
             backoff_cap=_REST_S[1],
+            # Not by a number of looks: a slow line is slow.
             max_tries_per_object=None,
         )
 
@@ -240,7 +257,7 @@ def main(grid: Grid, context: Context) -> None:
     server run` puts them there), roster and key in the coordinator's. The key's passphrase is in WARDROUND_PASSPHRASE,
     or in the file that `passphrase_file` in coordinator.toml names.
     """
-    look_often()
+    pull_by_our_clock()
     name = context.run_config.get("run")
     if not isinstance(name, str):
         raise ConfigError("run config: expected 'run', the name of a run of this coordinator")

@@ -108,7 +108,7 @@ def _give_up(state: Any, node: int, line: str) -> None:
     The pieces of an answer of which some have arrived go too: the coordinator may be waiting for the others already,
     and Flower would let it wait for three minutes after the last that came.
     """
-    if lost := _owed(state, node):
+    if lost := owed(state, node):
         _LOG.info(line + ": asked again", len(lost))
         state.delete_messages(message_ins_ids=set(lost))
         for answer in lost.values():
@@ -157,13 +157,8 @@ class LastHeard:
         return let_in
 
 
-def taken(state: Any, node: int) -> set[str]:
-    """Messages that a node has fetched, and not answered or not with all of its answer."""
-    return set(_owed(state, node))
-
-
-def _owed(state: Any, node: int) -> dict[str, str | None]:
-    """What a node has taken, and of each the answer that has begun to arrive."""
+def owed(state: Any, node: int) -> dict[str, str | None]:
+    """Messages that a node has fetched, and not answered or not with all of its answer; and of each what has begun."""
     from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
     from flwr.supercore.utils import uint64_to_int64
     from sqlalchemy import select

@@ -37,6 +37,7 @@ _SAMPLE_S = 2.0
 GROWTH = 1.25
 LOADING_ROUNDS = 2
 MIN_ROUNDS = 3  # fewer beyond these say nothing about growth
+JUDGED = ("superlink", "supernode", "worker")  # of each, one at least in a run of twice as many rounds
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class _Watch:
     def __init__(self, made: Deployment, began: float) -> None:
         self._made, self._began = made, began
         self._samples: dict[tuple[str, str], list[tuple[int, float, int]]] = {}  # (round, MB, process number)
-        self._sampled = 0.0
+        self._sampled, self._round = 0.0, 0
 
     def progress(self) -> dict[str, Any]:
         """The run's own account of where it is."""
@@ -229,14 +230,14 @@ class _Watch:
         if now - self._sampled < _SAMPLE_S:
             return
         self._sampled = now
-        round_number = int(self.progress().get("round", 0))
+        self._round = max(self._round, int(self.progress().get("round", 0)))  # a ServerApp that starts again says 0
         for party in (self._made.coordinator, *self._made.hospitals.values()):
             for process in COORDINATOR_PROCESSES if party is self._made.coordinator else SITE_PROCESSES:
                 pid = party.process.pid if process == SERVICE and party.process else party.pid(process)
                 held = resident_mb(pid) if pid else None
                 if pid and held is not None:
                     key = (party.name, process)
-                    self._samples.setdefault(key, []).append((round_number, held, pid))
+                    self._samples.setdefault(key, []).append((self._round, held, pid))
 
     def memory(self) -> dict[str, list[float]]:
         """Least and most MB that each process held."""
@@ -245,25 +246,30 @@ class _Watch:
             for (party, process), held in self._samples.items()
         }
 
-    def judged(self) -> list[tuple[str, float, float]]:
+    def judged(self) -> list[list[Any]]:
         """Processes that lived long enough for growth to be seen: which, MB in the first third, MB in the last."""
-        found: list[tuple[str, float, float]] = []
+        found: list[list[Any]] = []
         for (party, process), held in self._samples.items():
             for pid in dict.fromkeys(one[2] for one in held):
                 seen = sorted({one[0] for one in held if one[2] == pid})
                 own = [mb for at, mb, number in held if number == pid and at in seen[LOADING_ROUNDS:]]
                 if len(seen) >= LOADING_ROUNDS + MIN_ROUNDS:
                     first, last = max(own[: len(own) // 3 + 1]), max(own[-(len(own) // 3 + 1) :])
-                    found.append((f"{party} {process}", round(first, 1), round(last, 1)))
+                    found.append([f"{party} {process}", round(first, 1), round(last, 1)])
         return found
 
     def growth(self) -> list[str]:
-        """Of these, those whose memory grew."""
-        return [
+        """Of these, those whose memory grew; and kinds of which none lived so long in a run that was long enough."""
+        judged = self.judged()
+        grew = [
             f"{which}: held {first:.0f} MB, later {last:.0f} MB"
-            for which, first, last in self.judged()
+            for which, first, last in judged
             if last > GROWTH * first
         ]
+        if self._round >= 2 * (LOADING_ROUNDS + MIN_ROUNDS):
+            kinds = {which.split()[-1] for which, _, _ in judged}
+            grew += [f"no {kind} lived long enough for its memory to be judged" for kind in JUDGED if kind not in kinds]
+        return grew
 
 
 def resident_mb(pid: int) -> float | None:

@@ -241,17 +241,38 @@ def test_flowers_grid_looks_for_the_rest_of_a_reply_in_tenths_of_a_second(monkey
         return pull_objects(*given, **named)
 
     monkeypatch.setattr(server, "pull_objects", pull)
-    server.look_often()
+    server.pull_by_our_clock()
     found = pulled(Runtime(tries=1), 60.0)
     assert found.content.array_records["wardround.vectors"]["masked"].data == b"1234"
     assert max(pauses) <= 1.0
 
 
-def test_a_reply_whose_rest_does_not_come_is_lost_at_the_deadline(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("seconds", "stall_s"), [(0.2, 60.0), (60.0, 0.2)])
+def test_a_reply_whose_rest_does_not_come_is_lost_at_the_deadline_or_after_a_minute_without_a_piece(
+    seconds: float, stall_s: float, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(http_grid, "pull_objects", http_grid.pull_objects)
-    server.look_often()
-    found = pulled(Runtime(tries=float("inf")), 0.2)
+    monkeypatch.setattr(server, "_STALL_S", stall_s)
+    server.pull_by_our_clock()
+    began = time.monotonic()
+    found = pulled(Runtime(tries=float("inf")), seconds)
     assert found.has_error() and server._is_lost(found)
+    assert time.monotonic() - began < 30
+
+
+class Cut(Grid):
+    """Node 2 begins its reply, and the deadline comes before the rest."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        found = list(super().pull_messages(message_ids))
+        if found[0].has_error():
+            time.sleep(0.1)
+        return found
+
+
+def test_who_was_still_sending_at_the_deadline_is_silent_and_what_others_sent_counts():
+    grid = Cut({2: Error(code=ErrorCode.MESSAGE_UNAVAILABLE, reason="not whole"), 3: good(3)})
+    assert [(answer.node, answer.code) for answer in answers(grid, timeout_s=0.05)] == [(2, "silent"), (3, "")]
 
 
 def content(head: Any, **vectors: bytes) -> RecordDict:

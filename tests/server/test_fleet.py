@@ -25,7 +25,7 @@ from wardround.common.config import CoordinatorConfig
 from wardround.common.identity import Identity
 from wardround.server import control, fleet
 from wardround.server.coordinator import CoordinatorFolder, create
-from wardround.server.fleet import CLEAR_S, SILENT_S, LastHeard, taken
+from wardround.server.fleet import CLEAR_S, SILENT_S, LastHeard, owed
 from wardround.server.superlink import make_app
 
 from ..deployment.coordinator_case import hospital
@@ -156,13 +156,13 @@ def test_after_a_restart_of_the_superlink_a_node_has_its_time_to_be_heard(world:
 def test_of_what_a_killed_node_had_taken_the_coordinator_hears_at_once_that_it_is_lost(world: World):
     had, waiting = world.question(), world.question()
     assert len(world.asks()) == 1  # one of both, in any order
-    (first,) = taken(world.state, world.node)
+    (first,) = owed(world.state, world.node)
     (other,) = {had, waiting} - {first}
     assert world.outcome(first) is None
     world.now += SILENT_S
     world.activate()
     assert world.outcome(first) == ErrorCode.MESSAGE_UNAVAILABLE
-    assert world.outcome(other) is None and taken(world.state, world.node) == set()
+    assert world.outcome(other) is None and not owed(world.state, world.node)
     assert [message.metadata.message_id for message in world.asks()] == [other]
 
 
@@ -172,7 +172,7 @@ def test_an_answer_that_had_arrived_counts_and_half_of_one_does_not(world: World
     for _ in answers:
         (message,) = world.asks()
         world.answer(message.metadata.message_id, answers[message.metadata.message_id])
-    assert taken(world.state, world.node) == {half}
+    assert set(owed(world.state, world.node)) == {half}
     world.now += SILENT_S
     world.activate()
     assert world.outcome(whole) == 0

@@ -1,13 +1,16 @@
 """simulations/faults.py: what the soak says of memory. The soak itself runs in tests/deployment and `make soak`."""
 
+from types import SimpleNamespace
+
 import pytest
+from wardround.simulations import faults
 from wardround.simulations.faults import _Watch
 
 
 def watched(held: list[tuple[int, float, int]]) -> _Watch:
     """A watch that has seen these (round, MB, process number) of one worker."""
     watch = _Watch.__new__(_Watch)
-    watch._samples = {("site-01", "worker"): held}
+    watch._samples, watch._round = {("site-01", "worker"): held}, 0
     return watch
 
 
@@ -34,3 +37,34 @@ def test_a_process_started_again_is_another_process() -> None:
     both = rounds(1, 6, lambda at: 400.0, 7) + rounds(7, 12, lambda at: 600.0, 8)
     assert watched(both).growth() == []
     assert len(watched(both).judged()) == 2
+
+
+class _Progress(_Watch):
+    """A watch over nobody, of a run whose round is given."""
+
+    def __init__(self, said: list[int]) -> None:
+        self._samples, self._sampled, self._round, self._began, self._said = {}, -100.0, 0, 0.0, iter(said)
+        self._made = SimpleNamespace(coordinator=SimpleNamespace(), hospitals={})
+
+    def progress(self) -> dict[str, int]:
+        return {"round": next(self._said)}
+
+
+def test_a_run_that_begins_again_is_in_the_round_in_which_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "COORDINATOR_PROCESSES", ())
+    monkeypatch.setattr(faults, "SITE_PROCESSES", ())
+    monkeypatch.setattr(faults, "_SAMPLE_S", -1.0)
+    watch = _Progress([6, 0, 7])
+    seen = []
+    for _ in range(3):
+        watch._sample()
+        seen.append(watch._round)
+    assert seen == [6, 6, 7]
+
+
+def test_a_long_run_in_which_no_worker_could_be_judged_says_so() -> None:
+    watch = watched(rounds(11, 12, lambda at: 400.0))
+    watch._round = 12
+    assert watch.growth() == [
+        f"no {kind} lived long enough for its memory to be judged" for kind in ("superlink", "supernode", "worker")
+    ]
