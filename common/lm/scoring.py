@@ -38,7 +38,7 @@ class Reader(Protocol):
     def tokenizer(self) -> Any: ...
 
 
-def render(lm: Reader, template: PromptTemplate, question: Question, reasoning: bool) -> str:
+def render(reader: Reader, template: PromptTemplate, question: Question, reasoning: bool) -> str:
     """The prompt as text: the model's chat template, the assistant's turn opened, and how it begins.
 
     Raises:
@@ -47,22 +47,24 @@ def render(lm: Reader, template: PromptTemplate, question: Question, reasoning: 
     from jinja2 import TemplateError
 
     try:
-        opened = lm.tokenizer.apply_chat_template(chat(template, question), add_generation_prompt=True, tokenize=False)
+        opened = reader.tokenizer.apply_chat_template(
+            chat(template, question), add_generation_prompt=True, tokenize=False
+        )
     except TemplateError as error:
         raise ModelError(
-            f"model '{lm.config.id}': its chat template refuses prompt '{template.name}': {error}"
+            f"model '{reader.config.id}': its chat template refuses prompt '{template.name}': {error}"
         ) from None
     return str(opened) + prefill(template, reasoning)
 
 
-def encode(lm: Reader, template: PromptTemplate, question: Question, reasoning: bool) -> list[int]:
+def encode(reader: Reader, template: PromptTemplate, question: Question, reasoning: bool) -> list[int]:
     """The prompt as token ids, special tokens of the chat template included, nothing added."""
-    return encode_texts(lm, [render(lm, template, question, reasoning)])[0]
+    return encode_texts(reader, [render(reader, template, question, reasoning)])[0]
 
 
-def encode_texts(lm: Reader, texts: Sequence[str]) -> list[list[int]]:
+def encode_texts(reader: Reader, texts: Sequence[str]) -> list[list[int]]:
     """Rendered texts as token ids; nothing is added (a chat template writes its own special tokens)."""
-    return [list(ids) for ids in lm.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    return [list(ids) for ids in reader.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
 
 def option_token_ids(tokenizer: Any, context_text: str, n: int) -> list[int]:

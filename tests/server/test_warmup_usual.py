@@ -4,9 +4,13 @@ import re
 
 import numpy as np
 import pytest
+from wardround.client.options import NARROWEST
+from wardround.common.config import QuestionsConfig
 from wardround.common.question import load_prompt
+from wardround.server import warmup_usual
 from wardround.server.warmup_questions import Stated, synthetic_questions
 from wardround.server.warmup_usual import Law, draw_law
+from wardround.server.warmup_words import Item
 
 TEMPLATE = load_prompt("en_usual")
 
@@ -63,20 +67,21 @@ def test_a_record_hints_with_another_time_and_never_states_the_asked() -> None:
             assert item.reason.startswith(label.partition(",")[0] + ", ")
 
 
-def test_the_share_of_a_number_given_another_time_is_that_of_many_draws() -> None:
+def test_the_share_of_a_number_given_another_time_is_that_of_many_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Brute force: of pairs of two times with one law, those that look like the record, and where their second lies."""
-    rng, law = np.random.default_rng(5), Law(np.ones(1), np.array([100.0]), np.array([10.0]), False, 0)
-    rho = rng.choice([0.3, 0.5, 0.7, 0.8, 0.9, 0.97], 400_000)
+    law = Law(np.ones(1), np.array([100.0]), np.array([10.0]), False, 0)
+    monkeypatch.setattr(warmup_usual, "draw_law", lambda rng, bimodal: law)
+    rng = np.random.default_rng(5)
+    rho = rng.choice(warmup_usual._CORRELATIONS, 2_000_000)
     first = rng.normal(size=rho.size)
-    second = rho * first + np.sqrt(1 - rho**2) * rng.normal(size=rho.size)
-    alike = np.abs(first - 1.5) < 0.05
-    rungs = np.array([-1.0, 0.0, 1.0, 2.0])
-    seen = np.array([(np.abs(second[alike] - rung) < 0.1).sum() for rung in rungs], dtype=float)
-    correlations = np.unique(rho)
-    posterior = Law(np.full(6, 1 / 6), 100 + 10 * correlations * 1.5, 10 * np.sqrt(1 - correlations**2), False, 0)
-    said = posterior.joint(100 + 10 * rungs).sum(axis=1)
-    assert said / said.sum() == pytest.approx(seen / seen.sum(), abs=0.03)
-    assert law.usual() == pytest.approx((100.0, 90.326, 109.674), abs=1e-3)
+    second = 100 + 10 * (rho * first + np.sqrt(1 - rho**2) * rng.normal(size=rho.size))
+    blank = Item("Lamp", "number", "", "", 0.0, 0)
+    for _ in range(5):
+        _, known, options, shares, usual = warmup_usual._number(rng, TEMPLATE, blank, 5, True)
+        alike = second[np.abs(100 + 10 * first - known.number) < 0.5]
+        seen = np.array([(np.abs(alike - float(option)) < 0.5).sum() for option in options], dtype=float)
+        assert shares == pytest.approx((seen / seen.sum()).tolist(), abs=0.03)
+        assert usual == " Usually 100, mostly 90 to 110."
 
 
 @pytest.mark.parametrize("bimodal", [False, True])
@@ -121,3 +126,8 @@ def test_a_step_has_the_same_questions_whichever_process_writes_them(tiny_model_
     assert in_turn == [batches[step] for step in (0, 1, 2)]
     assert in_turn[0] != in_turn[1]
     assert [len(item.prompt) for item in in_turn[0]] == sorted(len(item.prompt) for item in in_turn[0])
+
+
+def test_ladders_are_as_wide_as_a_hospitals() -> None:
+    sigma = QuestionsConfig().option_spacing_sigma
+    assert (NARROWEST * sigma, sigma) == pytest.approx(warmup_usual._STEP)
