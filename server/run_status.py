@@ -52,6 +52,7 @@ class RunStatus:
             "answered": {},
             "sites": before.get("sites", {}),
             "rounds_done": 0,
+            "rounds_lost": 0,  # whose sum could not be had: the model stayed as it was
             "seconds_of_rounds": [],
             "validation": [],
             "epsilon_planned": config.privacy.epsilon if config.privacy.enabled else None,
@@ -60,7 +61,7 @@ class RunStatus:
             "ended": None,
         }
         for site in self._said["sites"].values():
-            site["rounds"], site["epsilon"] = 0, None
+            site["rounds"], site["lost"], site["epsilon"] = 0, 0, None
         self._write()
 
     def warming_up(self, done: int, total: int, loss: float) -> None:
@@ -91,9 +92,14 @@ class RunStatus:
         self._said["seconds_of_rounds"].append(record["seconds"])
         self._said["validation"].append(record["validation_accuracy"])
         for name in record["sites"]:
-            site = self._site(name)
-            site["rounds"] += 1
-            site["epsilon"] = self._spent(site["rounds"])
+            self._site(name)["rounds"] += 1
+        if not record["sites"]:
+            self._said["rounds_lost"] += 1
+            for site in self._said["sites"].values():
+                site["lost"] += 1  # whether it had trained before the sum was lost, nobody says: it may have
+        for site in self._said["sites"].values():
+            if site["rounds"] + site["lost"]:
+                site["epsilon"] = self._spent(site["rounds"] + site["lost"])
         self._write()
 
     def note(self, text: str) -> None:
@@ -116,10 +122,10 @@ class RunStatus:
     def _count_test(self) -> None:
         """The test is over, and has cost everybody who was in it; of those who were not, this says too much."""
         for site in self._said["sites"].values():
-            site["epsilon"] = self._spent(site["rounds"], tested=True)
+            site["epsilon"] = self._spent(site["rounds"] + site["lost"], tested=True)
 
     def _site(self, name: str) -> dict[str, Any]:
-        empty = {"rounds": 0, "epsilon": None, "phase": "", "code": "", "answered": None}
+        empty = {"rounds": 0, "lost": 0, "epsilon": None, "phase": "", "code": "", "answered": None}
         return self._said["sites"].setdefault(name, empty)
 
     def _spent(self, rounds: int, *, tested: bool = False) -> float | None:

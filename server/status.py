@@ -123,6 +123,7 @@ def _run(folder: CoordinatorFolder, name: str, said: Mapping[str, Any], names: M
         "missing": sorted(set(asked) - set(answered)) if alive else [],
         "rounds_done": done,
         "rounds": total,
+        "rounds_lost": said.get("rounds_lost", 0),
         "validation": said.get("validation", []),
         "epsilon_planned": said.get("epsilon_planned"),
         "delta": said.get("delta"),
@@ -176,6 +177,8 @@ def _head(content: Mapping[str, Any]) -> list[str]:
     eta = f", about {duration(run['eta_s'])} of rounds left" if run["eta_s"] is not None else ""
     rounds = f", {run['rounds_done']} of {run['rounds']} rounds" if run["rounds"] else ""
     lines.append(f"run {run['name']}: {run['state']}{rounds}{eta}")
+    if run["rounds_lost"]:
+        lines.append(f"  in {run['rounds_lost']} of them no sum could be had: the model stayed as it was")
     if run["state"] == "running":
         for_s = f" for {duration(time.time() - run['phase_began'])}" if run["phase_began"] else ""
         waits = f"; waiting for {', '.join(run['missing'])}" if run["missing"] else ""

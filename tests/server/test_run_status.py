@@ -102,6 +102,22 @@ def test_what_it_cost_a_patient_is_of_the_rounds_that_the_site_took_part_in(fold
     assert shown(folder)["epsilon_planned"] == 8.0
 
 
+def test_a_round_whose_sum_was_lost_is_said_and_counts_as_spent_by_every_site(folder: CoordinatorFolder):
+    private = config(PRIVATE)
+    said = RunStatus(folder.run("trial"), private, 7)
+    said.answered("train", "north", "")
+    said.answered("train", "south", "")
+    said.round_done(record(1, "north", "south"), 4)
+    said.round_done(record(2), 4)
+    two = [plan.schema_event(private), *[plan.round_event(private)] * 2]
+    expected = epsilon_prv(two, 1e-5).epsilon
+    sites = run_status.read(folder.run("trial"))["sites"]
+    for site in sites.values():
+        assert (site["rounds"], site["epsilon"]) == (1, pytest.approx(expected, abs=1e-3))
+    assert (shown(folder)["rounds_done"], shown(folder)["rounds_lost"]) == (2, 1)
+    assert any("in 1 of them no sum could be had" in line for line in status._head(status.gather(folder)))
+
+
 def test_an_end_is_said_with_our_words_and_of_a_bug_with_its_kind_only(folder: CoordinatorFolder):
     out, settings = folder.run("trial"), config({"enabled": False})
     said = RunStatus(out, settings, 7)
