@@ -77,7 +77,9 @@ check: $(READY)  ## format, lint, types, import rules
 	$(BIN)/lint-imports
 
 bench: $(READY)  ## every benchmark; figures go to benchmarks/results
-	set -e; for name in questions federation secagg superlink grpo_step dp_step; do $(BIN)/python benchmarks/$$name.py; done
+	missed=; for name in questions federation secagg superlink grpo_step dp_step deployed_round; do \
+	  $(BIN)/python benchmarks/$$name.py || missed="$$missed $$name"; done; \
+	if [ -n "$$missed" ]; then echo "bound missed, or failed:$$missed"; exit 1; fi
 
 clean:  ## remove the environment, caches and demo runs
 	rm -rf $(VENV) build dist *.egg-info runs/demo runs/small .pytest_cache .ruff_cache .hypothesis

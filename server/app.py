@@ -19,7 +19,7 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError, pull_objects
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
 
 from ..common.config import RunConfig
 from ..common.dictionary import Dictionary
@@ -58,7 +58,6 @@ _LOST = frozenset(
 )
 _POLL_SHARE = 0.1  # between them, this share of the time since sending: so much later a reply is found at most
 _REST_S = (0.05, 1.0)  # shortest and longest pause between looks for the rest of a reply that has begun to arrive
-_STALL_S = 60.0  # without a piece of it: Flower's are of 5 MiB at most, which a line of 0.7 Mbit/s brings in that time
 
 _deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)  # monotonic: of the phase that a reply is for
 
@@ -216,29 +215,17 @@ def pull_by_our_clock() -> None:
     """Makes Flower's grid pull the pieces of a reply as often and as long as a phase can use them.
 
     A reply is found by its name, while its bytes still come. By itself Flower then pauses 1, 2, 4 … 10 s, and goes on
-    for two hours. Here it looks again in tenths of a second, and gives up at the phase's deadline, or when no piece has
-    come for a minute: for so long at most a hospital that stops in the middle keeps the coordinator from the others'
-    replies. Of this process only, and of nobody's who imports it: `main` calls it.
+    for two hours. Here it looks again in tenths of a second, and gives up at the phase's deadline. A hospital that
+    stops in the middle keeps the coordinator from the others' replies for three minutes at most: so long after the last
+    piece Flower drops what it has of the reply, and says so. Of this process only, and of nobody's who imports it:
+    `main` calls it.
     """
     from flwr.superlink.grid import http_grid
 
     def pull(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict[str, bytes]:
-        last = time.monotonic()
-
-        def piece(object_id: str) -> bytes:
-            nonlocal last
-            try:
-                found = pull_object_fn(object_id)
-            except ObjectUnavailableError:
-                if time.monotonic() - last > _STALL_S:
-                    raise ObjectPullError(object_id, "no piece came for a minute") from None
-                raise
-            last = time.monotonic()
-            return found
-
         return pull_objects(
             object_ids,
-            piece,
+            pull_object_fn,
             max_time=max(_deadline.get() - time.monotonic(), 0.0),
             initial_backoff=_REST_S[0],
             backoff_cap=_REST_S[1],

@@ -53,7 +53,13 @@ _STEP = (2 / 3, 2.0)  # a ladder's step in sds, as client/options.py draws it wi
 
 @dataclass(frozen=True, slots=True)
 class Law:
-    """How a number is distributed among all: normal components on the number or (`log`) on its logarithm."""
+    """How a number is distributed among all: normal components on the number or (`log`) on its logarithm.
+
+    Attributes:
+        weights: float64 (components,), positive, sum 1; means, sds: of the components, on the law's scale.
+        log: whether that scale is the natural logarithm of the number.
+        decimals: with which numbers are written.
+    """
 
     weights: np.ndarray
     means: np.ndarray
@@ -67,6 +73,7 @@ class Law:
         return np.log(positive) if self.log else positive
 
     def number(self, place: float | np.ndarray) -> np.ndarray:
+        """The number at a place."""
         return np.exp(place) if self.log else np.asarray(place)
 
     def joint(self, places: np.ndarray) -> np.ndarray:

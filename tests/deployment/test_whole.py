@@ -110,6 +110,7 @@ class TestAWholeRun:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_under_kills_every_round_is_accounted_for(tmp_path: Path):
+    """Three rounds are too few to judge memory by: that is for `make soak`."""
     result = soak(settings(3), tmp_path / "d", seed=5, minutes=20, kills=6)
     assert result["defects"] == [] and len(result["rounds"]) == 3 and result["kills"]
     assert json.loads((tmp_path / "d" / "soak.json").read_text()) == result

@@ -8,6 +8,7 @@ import flwr
 import httpx
 import pytest
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+from flwr.supercore.constant import OBJECT_PUSH_SESSION_TTL_SECONDS
 from flwr.supercore.corestate.sql_corestate import SqlCoreState
 from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 from flwr.supercore.protobuf import client
@@ -52,3 +53,7 @@ def test_what_the_coordinator_builds_on_has_not_changed(member: Callable[..., An
 def test_a_connection_is_not_closed_while_a_client_of_flower_may_use_it_again() -> None:
     assert (httpx.Limits().keepalive_expiry or 0) + 5 <= IDLE_S
     assert "limits=" not in inspect.getsource(client)
+
+
+def test_flower_drops_a_reply_three_minutes_after_the_last_piece_that_came() -> None:
+    assert OBJECT_PUSH_SESSION_TTL_SECONDS == 180
