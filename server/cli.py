@@ -9,6 +9,7 @@ import click
 
 from .deploy_cli import COMMANDS
 from .receipts_cli import receipts
+from .review.cli import review
 from .roster_cli import roster
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -19,7 +20,7 @@ def server() -> None:
     """The coordinator: enrolment, rounds over the network, final model, report."""
 
 
-for command in (*COMMANDS, roster, receipts):
+for command in (*COMMANDS, roster, receipts, review):
     server.add_command(command)
 
 
