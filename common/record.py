@@ -111,26 +111,25 @@ def _options(template: PromptTemplate, target: Feature, options: Sequence[str]) 
 def _values(text: str, template: PromptTemplate, dictionary: Dictionary, target: Feature) -> dict[str, str]:
     """The record's parts from left to right; of those that could stand at a place, the longest that ends a part."""
     features = dictionary.with_role("feature")
+    ends = rf"(?={re.escape(template.separator)}|\Z)"  # lest level "9" be read of "94"
     forms: list[tuple[str | None, re.Pattern[str]]] = []
     for feature in features:
         value = _NUMBER if feature.kind == "number" else "|".join(map(re.escape, feature.levels.values()))
         parts = {"label": re.escape(feature.label), "value": f"(?P<value>{value})", "unit": re.escape(unit(feature))}
-        forms.append((feature.name, re.compile(_pattern(template.line, parts))))
+        forms.append((feature.name, re.compile(_pattern(template.line, parts) + ends)))
     if template.masked:
         written = template.masked.format(label=target.label, unit=unit(target))
-        forms.append((None, re.compile(re.escape(written))))
+        forms.append((None, re.compile(re.escape(written) + ends)))
     if template.section:
         for section in dict.fromkeys(feature.section for feature in features):
-            forms.append((None, re.compile(re.escape(template.section.format(section=section)))))
+            forms.append((None, re.compile(re.escape(template.section.format(section=section)) + ends)))
     values: dict[str, str] = {}
     place = 0
     while True:
         best: tuple[int, str | None, str] | None = None
         for name, form in forms:
             match = form.match(text, place)
-            if match is None or (match.end() < len(text) and not text.startswith(template.separator, match.end())):
-                continue
-            if best is None or match.end() > best[0]:
+            if match is not None and (best is None or match.end() > best[0]):
                 best = (match.end(), name, match["value"] if name is not None else "")
         if best is None:
             raise VerificationError(

@@ -8,8 +8,9 @@ from wardround.client.questions import QuestionBuilder
 from wardround.client.registry import Registry, to_registry
 from wardround.common.config import QuestionsConfig
 from wardround.common.counts import count
+from wardround.common.dictionary import Dictionary, Feature
 from wardround.common.errors import VerificationError
-from wardround.common.question import PromptTemplate, load_prompt
+from wardround.common.question import PromptTemplate, Question, load_prompt
 from wardround.common.record import record_of
 from wardround.common.schema import Schema, derive_schema
 from wardround.simulations.synthetic_registry import make
@@ -72,3 +73,14 @@ def test_a_question_of_another_prompt_is_refused_without_a_value_in_the_message(
     with pytest.raises(VerificationError, match="begins no line") as caught:
         record_of(changed, en, registry.dictionary)
     assert value not in str(caught.value).replace("character 0", "")
+
+
+def test_of_levels_that_begin_alike_the_one_written_is_read():
+    score = Feature(name="coma", label="Coma score", section="S", levels={"9": "9", "94": "94", "1": "94; deep"})
+    sex = Feature(name="sex", label="Sex", section="S", levels={"m": "male", "f": "female"})
+    patient = Feature(name="pid", label="Patient", role="id")
+    dictionary = Dictionary(name="d", title="D", features=(patient, score, sex))
+    for level in score.levels.values():
+        text = f"Coma score {level}.\nWhat is the patient's Sex?\nA. male\nB. female"
+        question = Question("sex", "S", "feature", text, ("male", "female"), 0, 0)
+        assert record_of(question, load_prompt("en_short"), dictionary).pairs() == [("Coma score", level)]
