@@ -114,7 +114,11 @@ def _values(text: str, template: PromptTemplate, dictionary: Dictionary, target:
     ends = rf"(?={re.escape(template.separator)}|\Z)"  # lest level "9" be read of "94"
     forms: list[tuple[str | None, re.Pattern[str]]] = []
     for feature in features:
-        value = _NUMBER if feature.kind == "number" else "|".join(map(re.escape, feature.levels.values()))
+        value = (
+            _NUMBER
+            if feature.kind == "number"
+            else "|".join(re.escape(level) for level in sorted(feature.levels.values(), key=len, reverse=True))
+        )
         parts = {"label": re.escape(feature.label), "value": f"(?P<value>{value})", "unit": re.escape(unit(feature))}
         forms.append((feature.name, re.compile(_pattern(template.line, parts) + ends)))
     if template.masked:
