@@ -35,6 +35,7 @@ from .ratings import REASONS, Unblinded, progress, unblinded
 
 VERSION = 1  # of what `statistics` returns
 DRAWS = 2000
+_CELLS = 1_000_000  # of a block of bootstrap draws
 KINDS = {"person": "people", "judge": "judges"}
 COLUMNS = (
     "rater", "kind", "pair", "item", "section", "target", "repeats_pair", "shown_first", "preferred", "strength",
@@ -158,22 +159,27 @@ def _bootstrap(ratings: Sequence[Unblinded], draws: int, seed: int) -> tuple[NDA
     sums, counts = (np.zeros((len(people), len(items))) for _ in range(2))
     np.add.at(sums, (person, item), [(np.sign(one.value) + 1) / 2 for one in ratings])
     np.add.at(counts, (person, item), 1.0)
-    rng = np.random.default_rng(seed)
+    rng, at_once = np.random.default_rng(seed), max(1, _CELLS // len(items))
     found: list[NDArray[np.float64]] = []
     for over_raters in (False, True):
         if len(items) < 2 or (over_raters and len(people) < 2):
             found.append(np.empty(0))
             continue
-        scores: list[float] = []
-        for _ in range(draws):
-            of_items = np.bincount(rng.integers(len(items), size=len(items)), minlength=len(items))
-            of_people = np.ones(len(people))
-            if over_raters:
-                of_people = np.bincount(rng.integers(len(people), size=len(people)), minlength=len(people))
-            if weight := float(of_people @ counts @ of_items):
-                scores.append(float(of_people @ sums @ of_items) / weight)
-        found.append(np.array(scores))
+        scores: list[NDArray[np.float64]] = []
+        for start in range(0, draws, at_once):
+            size = min(at_once, draws - start)
+            of_items = _drawn(rng, len(items), size)
+            of_people = _drawn(rng, len(people), size) if over_raters else np.ones((size, len(people)))
+            weight = ((of_people @ counts) * of_items).sum(axis=1)
+            score = ((of_people @ sums) * of_items).sum(axis=1)[weight > 0] / weight[weight > 0]
+            scores.append(score)
+        found.append(np.concatenate(scores))
     return found[0], found[1]
+
+
+def _drawn(rng: np.random.Generator, n: int, draws: int) -> NDArray[np.float64]:
+    """How often each of n is drawn in n draws with replacement, shape (draws, n)."""
+    return rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
 
 
 def _interval(values: NDArray[np.float64]) -> list[float] | None:
