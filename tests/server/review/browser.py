@@ -133,13 +133,17 @@ class Browser:
         self._ask("POST", "/goog/cdp/execute", cmd="Emulation.setEmulatedMedia", params={"features": features})
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @contextmanager
 def browsers(folder: Path, count: int = 1) -> Iterator[list[Browser]]:
     """So many browsers, each with an empty profile; they end with the block."""
     assert CHROMIUM and DRIVER, MISSING
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log = (folder / "chromedriver.log").open("wb")
     process = subprocess.Popen([DRIVER, f"--port={port}"], stdout=log, stderr=subprocess.STDOUT)
     sessions: list[str] = []
