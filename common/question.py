@@ -184,16 +184,28 @@ def parse_answer(text: str, n_options: int) -> int | None:
     >>> parse_answer(r"\boxed{C}", 2) is None
     True
     """
-    boxes = list(_BOX.finditer(text))
-    if not boxes:
+    found = boxes(text)
+    if not found:
         return None
-    content = _STYLE.sub("", _balanced(text[boxes[-1].end() :]))
-    content = re.sub(r"[{}$*`\s]+", " ", content).strip()
-    letter = _LETTER.fullmatch(content)
+    letter = _LETTER.fullmatch(found[-1][2])
     if letter is None:
         return None
     index = LETTERS.find(letter[1].upper())
     return index if 0 <= index < n_options else None
+
+
+def boxes(text: str) -> list[tuple[int, int, str]]:
+    r"""(start, end, content without styles) of every `\boxed{…}` of a text, in order.
+
+    >>> boxes(r"\boxed{\text{B}} or \boxed{C")
+    [(0, 16, 'B'), (20, 28, 'C')]
+    """
+    found: list[tuple[int, int, str]] = []
+    for box in _BOX.finditer(text):
+        content = _balanced(text[box.end() :])
+        plain = re.sub(r"[{}$*`\s]+", " ", _STYLE.sub("", content)).strip()
+        found.append((box.start(), min(len(text), box.end() + len(content) + 1), plain))
+    return found
 
 
 def _balanced(text: str) -> str:

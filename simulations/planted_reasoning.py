@@ -20,6 +20,7 @@ from ..common.config import QuestionsConfig
 from ..common.counts import count
 from ..common.dictionary import Dictionary, Feature
 from ..common.question import LETTERS, PromptTemplate, Question
+from ..common.reasoning import KINDS, Flag
 from ..common.record import Record, record_of, unit
 from ..common.schema import derive_schema
 from .planted_wordings import HELD_OUT, TUNED, Wordings
@@ -153,7 +154,7 @@ class _Writer:
             end, place, planted = [], len(body), self._conclude(other)
         elif kind == "ruled out":
             keep = self._fill("keep", letter=LETTERS[other])
-            end, place, planted = [keep], len(body), self._rule_out(chosen)
+            end, place, planted = [], len(body), f"{self._rule_out(chosen)} {keep}"
         elif kind == "letter first":
             place, planted = 0, self._fill("first", letter=LETTERS[chosen])
             if "boxed" in planted:
@@ -359,7 +360,7 @@ def _core(feature: Feature) -> str:
 
 
 def _capital(sentence: str, place: int) -> str:
-    return sentence[:place] + sentence[place].upper() + sentence[place + 1 :]
+    return sentence[:place] + sentence[place : place + 1].upper() + sentence[place + 1 :]
 
 
 def _keeps_capitals(word: str) -> bool:
@@ -373,3 +374,62 @@ def _is_yes_no(feature: Feature) -> bool:
 
 def _polarity(feature: Feature, value: str) -> bool | None:
     return value.lower() in _YES if _is_yes_no(feature) else None
+
+
+@dataclass(frozen=True)
+class Found:
+    """How often a flag was raised where it should be.
+
+    Attributes:
+        planted: texts that hold a defect of this kind.
+        found: of these, texts where the flag was raised at the planted words.
+        raised: texts with this flag.
+        right: of these, texts that hold a defect of this kind.
+    """
+
+    planted: int
+    found: int
+    raised: int
+    right: int
+
+    @property
+    def recall(self) -> float:
+        """Share of defects found; NaN where none was planted."""
+        return self.found / self.planted if self.planted else float("nan")
+
+    @property
+    def precision(self) -> float:
+        """Share of flagged texts that hold the defect; NaN where none was flagged."""
+        return self.right / self.raised if self.raised else float("nan")
+
+
+def measure(texts: Sequence[Planted], flags: Sequence[Sequence[Flag]]) -> dict[str, Found]:
+    """By flag, and by plant (then `raised` and `right` are those of its flag in these texts, and say nothing new).
+
+    Args:
+        texts: with and without defects; one kind at most each.
+        flags: what the audit said of each.
+    """
+    result: dict[str, Found] = {}
+    rows = [
+        (PLANTS.get(text.plant), text, {flag.kind: flag for flag in found}, found)
+        for text, found in zip(texts, flags, strict=True)
+    ]
+    for kind in KINDS:
+        planted = [row for row in rows if row[0] == kind]
+        raised = [row for row in rows if kind in row[2]]
+        hit = sum(_hits(text, found, kind) for _, text, _, found in planted)
+        result[kind] = Found(len(planted), hit, len(raised), sum(row[0] == kind for row in raised))
+    for plant_, kind in PLANTS.items():
+        planted = [row for row in rows if row[1].plant == plant_]
+        hit = sum(_hits(text, found, kind) for _, text, _, found in planted)
+        raised = sum(kind in row[2] for row in planted)
+        result[plant_] = Found(len(planted), hit, raised, raised)
+    clean = [row for row in rows if row[0] is None]
+    result["clean"] = Found(0, 0, sum(bool(row[3]) for row in clean), 0)
+    return result
+
+
+def _hits(text: Planted, flags: Sequence[Flag], kind: str) -> bool:
+    start, end = text.span or (0, 0)
+    return any(flag.kind == kind and flag.start <= end and flag.end >= start for flag in flags)
