@@ -21,7 +21,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _BLOCK = 256  # resamples at a time
-_BLOCK_QUESTIONS = 4_000_000  # numbers at a time where every question has its own weight
+_BLOCK_QUESTIONS = 500_000  # numbers at a time where every question has its own weight: they stay in the cache
 _MOST_BYTES = 2**29  # of the drawn counts, one byte a patient and resample
 _MOST_EXACT = 20_000  # largest sum of differences whose distribution is worked out; beyond it is normal to three digits
 
@@ -69,17 +69,28 @@ class PatientBootstrap:
         return np.add.reduceat(columns[self._order].astype(np.float64), self._starts, axis=0)
 
     def sums(self, columns: NDArray[np.generic]) -> Floats:
-        """float64 (1 + B, S): the sum of every column (Q, S), in the sample (row 0) and in every resample."""
+        """float64 (1 + B, S): the sum of every column (Q, S), in the sample (row 0) and in every resample.
+
+        The sample's is of full precision; resamples are added up in float32, seven digits, which is twice as fast.
+        """
         own = self.per_patient(columns)
         result = np.empty((len(self._counts), own.shape[1]))
-        for start in range(0, len(result), _BLOCK):
-            result[start : start + _BLOCK] = self._counts[start : start + _BLOCK].astype(np.float64) @ own
+        result[0], narrow = own.sum(axis=0), own.astype(np.float32)
+        for start in range(1, len(result), _BLOCK):
+            result[start : start + _BLOCK] = self._counts[start : start + _BLOCK].astype(np.float32) @ narrow
         return result
 
     def ratios(self, above: NDArray[np.generic], below: NDArray[np.generic]) -> Floats:
-        """float64 (1 + B, S): the ratio of two sums of columns; NaN where a resample has nothing below."""
-        over, under = self.sums(above), self.sums(below)
-        return np.divide(over, under, out=np.full_like(over, np.nan), where=under != 0)
+        """float64 (1 + B, S): the ratio of two sums of columns; NaN where a resample has nothing below.
+
+        Args:
+            above: (Q, S).
+            below: (Q, S), or (Q, 1) for all.
+        """
+        size = above.shape[1]
+        sums = self.sums(np.concatenate([above, below], axis=1))
+        over, under = sums[:, :size], np.broadcast_to(sums[:, size:], (len(sums), size))
+        return np.divide(over, under, out=np.full(over.shape, np.nan), where=under != 0)
 
     def question_weights(self, rows: NDArray[np.int64], draws: int) -> Iterator[Floats]:
         """Blocks of float64 (b, len(rows)): how often these questions count, in the sample and in the first draws.

@@ -53,47 +53,44 @@ def _tied(scores: Floats) -> tuple[Ints, Ints]:
     return order, np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
 
 
-def auroc(happened: Bools, scores: Floats, weights: Floats | None = None) -> Floats:
-    """Area under the ROC curve: the probability that an event scores above a non-event, a tie counting half.
+def ranking(happened: Bools, scores: Floats, weights: Floats | None = None) -> tuple[Floats, Floats]:
+    """Areas under the ROC curve and under the precision-recall curve.
+
+    The first is the probability that an event scores above a non-event, a tie counting half; a model that knows nothing
+    has 0.5. The second is the sum of precision × step of recall, without interpolation ("average precision"); a model
+    that knows nothing has the share of events.
 
     Args:
         happened: bool (Q,).
-        scores: float64 (Q,), higher means likelier.
+        scores: float64 (Q,), higher means likelier. Rising ones save time.
         weights: float64 (B, Q), how often each question counts in each resample; None: once.
 
     Returns:
-        float64 (B,), (1,) without weights; NaN where only events or only non-events count.
+        Two of float64 (B,), (1,) without weights; NaN where only events or only non-events count.
 
-    >>> auroc(np.array([False, True, False, True]), np.array([0.1, 0.4, 0.4, 0.8])).tolist()
-    [0.875]
+    >>> [area.round(3).tolist() for area in ranking(np.array([0, 1, 0, 1]) == 1, np.array([0.1, 0.4, 0.4, 0.8]))]
+    [[0.875], [0.833]]
     """
-    events, others = _by_score(happened, scores, weights)
-    below = np.cumsum(others, axis=1) - others / 2
-    with np.errstate(invalid="ignore"):
-        return (events * below).sum(axis=1) / (events.sum(axis=1) * others.sum(axis=1))
-
-
-def average_precision(happened: Bools, scores: Floats, weights: Floats | None = None) -> Floats:
-    """Area under the precision-recall curve, as the sum of precision × step of recall (no interpolation).
-
-    Args and shapes as in `auroc`; NaN where no event counts. A model that knows nothing has the share of events.
-
-    >>> average_precision(np.array([False, True, False, True]), np.array([0.1, 0.4, 0.35, 0.8])).tolist()
-    [1.0]
-    """
-    events, others = (values[:, ::-1] for values in _by_score(happened, scores, weights))
-    found, called = np.cumsum(events, axis=1), np.cumsum(events + others, axis=1)
+    counts = np.ones((1, len(scores))) if weights is None else weights
+    order, starts = _tied(scores)
+    if not np.array_equal(order, np.arange(len(order))):
+        counts, happened = counts[:, order], happened[order]
+    ends = np.append(starts[1:], len(scores))
+    holds = np.add.reduceat(happened.astype(np.int64), starts) > 0  # only scores that an event has add anything
+    # Weight of events, and of all, below each score: what follows is differences of these.
+    events, both = (np.zeros((len(counts), len(scores) + 1)) for _ in range(2))
+    np.cumsum(counts * happened, axis=1, out=events[:, 1:])
+    np.cumsum(counts, axis=1, out=both[:, 1:])
+    below, upto = events[:, starts[holds]], events[:, ends[holds]]
+    others_below, others_upto = both[:, starts[holds]] - below, both[:, ends[holds]] - upto
+    own, total = upto - below, events[:, -1:]
+    others = both[:, -1:] - total
+    found = total - below
+    called = found + others - others_below
     precision = np.divide(found, called, out=np.zeros_like(found), where=called > 0)
     with np.errstate(invalid="ignore"):
-        return (events * precision).sum(axis=1) / events.sum(axis=1)
-
-
-def _by_score(happened: Bools, scores: Floats, weights: Floats | None) -> tuple[Floats, Floats]:
-    """Weight of events and of non-events at every different score, rising; each (B, scores)."""
-    order, starts = _tied(scores)
-    counts = np.ones((1, len(scores))) if weights is None else weights
-    counts, own = counts[:, order], happened[order]
-    return np.add.reduceat(counts * own, starts, axis=1), np.add.reduceat(counts * ~own, starts, axis=1)
+        auroc = (own * (others_below + others_upto)).sum(axis=1) / (2 * total * others)[:, 0]
+        return auroc, (own * precision).sum(axis=1) / np.where(others > 0, total, np.nan)[:, 0]
 
 
 def brier(probabilities: Floats, answer: Ints) -> Floats:

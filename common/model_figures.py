@@ -102,7 +102,7 @@ def model_figures(
     told = _accuracies(scored, correct, bootstrap)
     generated = bool(answers.length.any())
     columns = np.stack([~answers.boxed, answers.length], axis=1)
-    written = bootstrap.ratios(columns, np.ones_like(columns)) if generated else None
+    written = bootstrap.ratios(columns, np.ones((len(scored), 1))) if generated else None
     told["fallback_rate"] = None if written is None else share(written[:, 0], bootstrap.n_patients)
     told["mean_length"] = None if written is None else figure(written[:, 1])
     if not says_probabilities(answers, scored.n_options):
@@ -173,19 +173,19 @@ def _event(
 ) -> tuple[dict[str, Any], Floats]:
     rows, happened = events.rows, events.happened
     said = metrics.event_probability(answers.probabilities[rows], scored.event[rows])
-    areas: list[Floats] = []
-    precisions: list[Floats] = []
-    for weights in bootstrap.question_weights(rows, RANK_DRAWS):
-        areas.append(metrics.auroc(happened, said, weights))
-        precisions.append(metrics.average_precision(happened, said, weights))
-    auroc = np.concatenate(areas)
+    rising = np.argsort(said, kind="stable")
+    blocks = [
+        metrics.ranking(happened[rising], said[rising], weights)
+        for weights in bootstrap.question_weights(rows[rising], RANK_DRAWS)
+    ]
+    auroc, precision = (np.concatenate(area) for area in zip(*blocks, strict=True))
     scores = metrics.event_brier(said, happened)
     _, calibration = _calibrated(scored, rows, scores, said, happened, bootstrap, min_cell)
     told = {
         "n": len(rows),
         "events": int(happened.sum()),
         "auroc": figure(auroc),
-        "auprc": figure(np.concatenate(precisions)),
+        "auprc": figure(precision),
     }
     return {**told, **calibration}, auroc
 

@@ -139,7 +139,7 @@ def _permuted(scored: Scored, model: str, bootstrap: PatientBootstrap, min_cell:
     first, second = scored.models[model].chosen, scored.permuted[model].chosen
     same = (first == second) & both
     change = ((second == scored.answer).astype(np.int64) - (first == scored.answer)) * both
-    values = bootstrap.ratios(np.stack([same, change], axis=1), np.stack([both, both], axis=1))
+    values = bootstrap.ratios(np.stack([same, change], axis=1), both[:, None])
     flips = bootstrap.per_patient(change[:, None])[:, 0].astype(np.int64)
     effects: list[dict[str, Any]] = []
     for options, _ in _many_enough(scored, both, min_cell):

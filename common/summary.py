@@ -102,7 +102,7 @@ def _pairs(
     pairs.append((final, MAJORITY))
     right = {model: scored.correct(model) for model in (*models, MAJORITY)}
     columns = np.stack([right[a].astype(np.int64) - right[b] for a, b in pairs], axis=1)
-    values = bootstrap.ratios(columns, np.ones_like(columns))
+    values = bootstrap.ratios(columns, np.ones((len(scored), 1)))
     result: list[dict[str, Any]] = []
     for column, (model, against) in enumerate(pairs):
         pair = _pair(right[model], right[against], values[:, column], bootstrap)

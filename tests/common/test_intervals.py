@@ -20,7 +20,7 @@ from wardround.common.intervals import (
     share_bounds,
     sign_flip_p,
 )
-from wardround.common.metrics import auroc
+from wardround.common.metrics import ranking
 from wardround.common.statistics import mcnemar_exact, wilson
 
 
@@ -59,9 +59,9 @@ def test_weights_of_questions_are_those_of_the_sums() -> None:
     assert np.allclose(weights @ correct[rows], bootstrap.sums(mask)[:701, 0])
     # A curve's area over all resamples, and one of them by hand.
     scores = np.random.default_rng(6).random(len(rows))
-    areas = auroc(correct[rows], scores, weights)
+    areas, _ = ranking(correct[rows], scores, weights)
     again = np.repeat(np.arange(len(rows)), weights[5].astype(int))
-    assert areas[5] == pytest.approx(auroc(correct[rows][again], scores[again])[0])
+    assert areas[5] == pytest.approx(ranking(correct[rows][again], scores[again])[0][0])
 
 
 def test_the_same_seed_gives_the_same_draws_and_every_draw_has_as_many_patients() -> None:

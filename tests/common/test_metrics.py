@@ -19,26 +19,26 @@ def test_ranking_is_scikit_learns_with_ties(seed: int) -> None:
     p, answer = drawn(seed, width=2, decimals=1)
     happened, score = answer == 1, p[:, 1]
     assert len(np.unique(score)) < 20
-    assert metrics.auroc(happened, score)[0] == pytest.approx(oracle.roc_auc_score(happened, score), abs=1e-12)
-    expected = oracle.average_precision_score(happened, score)
-    assert metrics.average_precision(happened, score)[0] == pytest.approx(expected, abs=1e-12)
+    area, precision = metrics.ranking(happened, score)
+    assert area[0] == pytest.approx(oracle.roc_auc_score(happened, score), abs=1e-12)
+    assert precision[0] == pytest.approx(oracle.average_precision_score(happened, score), abs=1e-12)
 
 
-def test_weighted_ranking_is_scikit_learns_with_those_weights() -> None:
+@pytest.mark.parametrize("rising", [False, True])
+def test_weighted_ranking_is_scikit_learns_with_those_weights(rising: bool) -> None:
     p, answer = drawn(7, width=2, decimals=1)
-    happened, score = answer == 1, p[:, 1]
+    order = np.argsort(p[:, 1]) if rising else np.arange(len(p))
+    happened, score = (answer == 1)[order], p[order, 1]
     weights = np.random.default_rng(8).integers(0, 4, size=(6, len(score))).astype(float)
-    areas, precisions = (f(happened, score, weights) for f in (metrics.auroc, metrics.average_precision))
-    for row, area, precision in zip(weights, areas, precisions, strict=True):
+    for row, area, precision in zip(weights, *metrics.ranking(happened, score, weights), strict=True):
         assert area == pytest.approx(oracle.roc_auc_score(happened, score, sample_weight=row), abs=1e-12)
         expected = oracle.average_precision_score(happened, score, sample_weight=row)
         assert precision == pytest.approx(expected, abs=1e-12)
 
 
 def test_ranking_of_one_class_is_not_a_number() -> None:
-    score = np.array([0.2, 0.4])
-    assert np.isnan(metrics.auroc(np.array([True, True]), score)).all()
-    assert np.isnan(metrics.average_precision(np.array([False, False]), score)).all()
+    for happened in (np.array([True, True]), np.array([False, False])):
+        assert all(np.isnan(area).all() for area in metrics.ranking(happened, np.array([0.2, 0.4])))
 
 
 @pytest.mark.parametrize("width", [2, 4])
