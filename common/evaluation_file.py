@@ -76,12 +76,18 @@ class Bin(_Part):
     observed: float
 
 
+class CalibrationError(Value):
+    """Expected calibration error over equal-mass bins; too high where questions are few. by_chance: what a perfectly
+    calibrated model would show on so many. The interval (common/intervals.py) allows for that, and may lie below it."""
+
+    by_chance: float
+
+
 class Calibration(_Part):
-    """brier: of all options (0 to 2), or of the event (0 to 1). ece: equal-mass bins; its interval is a basic bootstrap
-    interval, because calibration errors of few questions are too high."""
+    """brier: of all options (0 to 2), or of the event (0 to 1)."""
 
     brier: Value | None
-    ece: Value | None
+    ece: CalibrationError | None
     reliability: list[Bin] | None
 
 

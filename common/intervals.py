@@ -129,13 +129,27 @@ def difference_bounds(values: Floats, patients: int) -> list[float]:
     return [-missed, missed]
 
 
-def reversed_bounds(values: Floats) -> list[float]:
-    """Basic bootstrap interval, 2 × the figure − the percentiles, at least 0: for figures that scatter only upwards.
+def distance_interval(differences: Floats) -> tuple[float, list[float], float]:
+    """A sum of absolute differences, its 95 % interval, and what chance alone gives where every difference is truly 0.
 
-    A calibration error of few questions is above the truth by about as much as a resample's is above it.
+    Such a sum of few questions is too high, as each of its terms is, and a resample's is again above it by about as
+    much: so the interval is the basic bootstrap's, 2 × the sum − percentiles. Where all differences may be 0 that is
+    still too high (the bootstrap fails at such a point), so the lower bound is 0 where the sum is below the 97.5 %
+    percentile of resamples around 0. With 20 to 30 questions a term such intervals held the truth 83 to 97 times in
+    100, with 100 about 95 times: read those of small samples as rather narrow.
+
+    Args:
+        differences: float64 (1 + B, terms), in the sample and in every resample.
+
+    Returns:
+        The sum, [low, high], and the mean of the resamples around 0.
     """
+    value, values = float(np.abs(differences[0]).sum()), np.abs(differences).sum(axis=1)
+    around_zero = np.abs(differences[1:] - differences[0]).sum(axis=1)
     low, high = bounds(values)
-    return [max(0.0, 2 * float(values[0]) - high), max(0.0, 2 * float(values[0]) - low)]
+    chance = value <= float(np.quantile(around_zero, 0.975))
+    low, high = (0.0 if chance else max(0.0, 2 * value - high)), max(0.0, 2 * value - low)
+    return value, [low, high], float(around_zero.mean())
 
 
 def sign_flip_p(differences: Sequence[int] | Ints) -> float:

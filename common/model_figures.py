@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import metrics
-from .intervals import PatientBootstrap, bounds, reversed_bounds, share_bounds
+from .intervals import PatientBootstrap, bounds, distance_interval, share_bounds
 from .scored import MAJORITY, Answered, Scored
 
 Floats = NDArray[np.float64]
@@ -148,8 +148,8 @@ def _calibrated(
     sums = bootstrap.sums(own)
     below = np.where(sums[:, :1] > 0, sums[:, :1], np.nan)
     brier = (sums[:, 1:2] / below)[:, 0]
-    error = (np.abs(sums[:, 2:]).sum(axis=1, keepdims=True) / below)[:, 0]
-    ece = {"value": float(error[0]), "ci95": reversed_bounds(error)}
+    error, interval, by_chance = distance_interval(sums[:, 2:] / below)
+    ece = {"value": error, "ci95": interval, "by_chance": by_chance}
     return brier, {"brier": figure(brier), "ece": ece, "reliability": [asdict(point) for point in points]}
 
 

@@ -15,8 +15,8 @@ from wardround.common.intervals import (
     bounds,
     detectable_difference,
     difference_bounds,
+    distance_interval,
     holm,
-    reversed_bounds,
     share_bounds,
     sign_flip_p,
 )
@@ -92,10 +92,21 @@ def test_bounds_without_scatter_have_a_width_all_the_same() -> None:
     assert low == -high and high == pytest.approx(binomtest(0, 30).proportion_ci(0.95).high)
 
 
-def test_the_reversed_interval_of_a_figure_that_scatters_upwards_goes_down() -> None:
-    values = np.concatenate([[0.05], 0.05 + np.linspace(0.0, 0.1, 1001)])
-    low, high = reversed_bounds(values)
-    assert low == 0.0 and high == pytest.approx(0.05, abs=0.003)
+@pytest.mark.parametrize(("truth", "least"), [(0.0, 0.92), (0.1, 0.78)])
+def test_intervals_of_a_calibration_error_hold_the_truth_about_as_often_as_is_said(truth: float, least: float) -> None:
+    """Ten bins of 30 questions; what is said is off by `truth` in all of them."""
+    rng, hits, chance = np.random.default_rng(10), 0, []
+    bins = np.repeat(np.eye(10), 30, axis=0)
+    for run in range(150):
+        wrong = truth + 0.6 - (rng.random(300) < 0.6)
+        sums = PatientBootstrap(np.arange(300), 300, run).sums(bins * wrong[:, None])
+        value, (low, high), by_chance = distance_interval(sums / 300)
+        hits += low <= truth <= high
+        chance.append(by_chance)
+        assert value == pytest.approx(np.abs((bins * wrong[:, None]).sum(axis=0)).sum() / 300)
+    assert hits / 150 >= least
+    # The mean of |normal| with the standard deviation of a bin's mean.
+    assert np.mean(chance) == pytest.approx(math.sqrt(0.24 / 30 * 2 / math.pi), rel=0.1)
 
 
 @given(st.lists(st.integers(-4, 4), min_size=1, max_size=9))
