@@ -77,7 +77,7 @@ check: $(READY)  ## format, lint, types, import rules
 	$(BIN)/lint-imports
 
 bench: $(READY)  ## every benchmark; figures go to benchmarks/results
-	missed=; for name in questions federation secagg superlink grpo_step dp_step deployed_round; do \
+	missed=; for name in questions review federation secagg superlink grpo_step dp_step deployed_round; do \
 	  $(BIN)/python benchmarks/$$name.py || missed="$$missed $$name"; done; \
 	if [ -n "$$missed" ]; then echo "bound missed, or failed:$$missed"; exit 1; fi
 

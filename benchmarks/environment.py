@@ -17,7 +17,20 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("wardround", "numpy", "pandas", "pyarrow", "torch", "transformers", "trl", "peft", "flwr", "cryptography")
+PACKAGES = (
+    "wardround",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "flwr",
+    "fastapi",
+    "uvicorn",
+    "cryptography",
+)
 
 
 def environment() -> dict[str, Any]:

@@ -28,7 +28,7 @@ from .database import Database
 from .items import Entry, ReviewError
 from .raters import Rater
 from .ratings import MAX_COMMENT, PREFERENCES, REASONS, Pair, Rating, next_open, pair_at, progress, rate
-from .requests import Refusal, Tries, fields, guard
+from .requests import Guard, Refusal, Tries, fields
 
 KINDS = {
     "synthetic": ("Synthetic records.", "No real person is described here."),
@@ -55,7 +55,7 @@ _WHY = {"ended": _ENDED + "What was not saved then is not kept.", "out": "You ar
 Handler = Callable[[Request, Rater], Awaitable[Response]]
 
 
-def make_app(database: Database, *, tls: bool = False, hosts: frozenset[str] | None = None) -> FastAPI:
+def make_app(database: Database, *, tls: bool = False, hosts: frozenset[str] | None = None) -> Guard:
     """The review of one database.
 
     Args:
@@ -65,7 +65,6 @@ def make_app(database: Database, *, tls: bool = False, hosts: frozenset[str] | N
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     pages = _Pages(database, tls)
-    app.middleware("http")(guard(hosts))
     for method, path, handler in (
         ("GET", "/start", pages.start),
         ("GET", "/next", pages.next),
@@ -91,7 +90,7 @@ def make_app(database: Database, *, tls: bool = False, hosts: frozenset[str] | N
 
     for kind in (Refusal, 404, 405, 500):
         app.add_exception_handler(kind, refused)
-    return app
+    return Guard(app, hosts)  # also around the page that an error gets
 
 
 def _sentence(error: Any) -> tuple[int, str, str]:

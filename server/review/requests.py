@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
 from urllib.parse import parse_qs, urlsplit
 
 from fastapi import Request, Response
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY_BYTES, MAX_FIELDS = 65_536, 40
 HEADERS = {
@@ -71,29 +72,36 @@ class Tries:
         return [moment for moment in self._wrong.get(address, ()) if moment > since]
 
 
-def guard(
-    hosts: frozenset[str] | None,
-) -> Callable[[Request, Callable[[Request], Awaitable[Response]]], Awaitable[Response]]:
-    """A middleware: refuses other hosts' names and forms from other origins, and puts the headers on every answer.
+class Guard:
+    """Around the application: refuses other hosts' names and forms of other origins, puts the headers on every answer.
 
     Args:
+        app: the application.
         hosts: names under which this server may be asked; None: any. On loopback it keeps out a page that points a
             name of its own at this machine (DNS rebinding).
     """
 
-    async def middleware(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-        if hosts is not None and _host(request.headers.get("host", "")) not in hosts:
-            response = Response("unknown host\n", 421, media_type="text/plain")
-        elif request.method == "POST" and not _same_origin(request):
-            response = Response("a form of another site\n", 403, media_type="text/plain")
-        else:
-            response = await call(request)
-        for name, value in HEADERS.items():
-            response.headers[name] = value
-        response.headers.setdefault("Cache-Control", "no-store")
-        return response
+    def __init__(self, app: ASGIApp, hosts: frozenset[str] | None) -> None:
+        self._app, self._hosts = app, hosts
 
-    return middleware
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        request = Request(scope)
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.update(HEADERS)
+                headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        answer: ASGIApp = self._app
+        if self._hosts is not None and _host(request.headers.get("host", "")) not in self._hosts:
+            answer = Response("unknown host\n", 421, media_type="text/plain")
+        elif request.method not in ("GET", "HEAD") and not _same_origin(request):
+            answer = Response("a form of another site\n", 403, media_type="text/plain")
+        await answer(scope, receive, send_with_headers)
 
 
 def _host(header: str) -> str:

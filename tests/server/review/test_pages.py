@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
 from wardround.server.review import raters
+from wardround.server.review.app import make_app
 from wardround.server.review.database import Database
 from wardround.server.review.requests import HEADERS, Tries
 
@@ -41,7 +43,7 @@ def test_the_two_pages_of_a_planted_pair_differ_in_nothing_but_place_and_order(t
 
         def bare(number: int) -> list[str]:
             text = rater.get(f"/pairs/{number}").text
-            text = re.sub(rf"/pairs/\d+|Pair {number} ", "", text)
+            text = re.sub(rf"/pairs/\d+|Pair {number} |(?s:<nav aria-label=.Pairs.*?</nav>)", "", text)
             for answer in rater.answers(number):
                 text = text.replace(answer, "")
             return text.split()
@@ -113,6 +115,19 @@ def test_every_answer_forbids_inline_scripts_framing_and_caching(tmp_path: Path)
             assert not re.search(r"\son\w+=|style=|javascript:", rater.get(path).text)
 
 
+def test_an_error_of_the_program_is_a_page_that_tells_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("patient 17")
+
+    monkeypatch.setattr("wardround.server.review.app.progress", broken)
+    with study(tmp_path, 2) as database:
+        rater = Visitor(database)
+        rater.client = TestClient(make_app(database), base_url=ORIGIN, raise_server_exceptions=False)
+        answer = rater.log_in(raters.invite(database, "Kim"))
+        assert answer.status_code == 500 and "Something went wrong" in answer.text and "patient 17" not in answer.text
+        assert answer.headers["content-security-policy"] == HEADERS["Content-Security-Policy"]
+
+
 def test_a_form_without_the_sessions_secret_changes_nothing(tmp_path: Path) -> None:
     with study(tmp_path, 2) as database:
         rater, other = visitor(database, "Kim"), visitor(database, "Lee")
@@ -139,9 +154,6 @@ def test_a_form_that_another_site_sent_is_refused_even_with_the_secret(tmp_path:
 
 
 def test_on_loopback_another_hosts_name_is_refused(tmp_path: Path) -> None:
-    from fastapi.testclient import TestClient
-    from wardround.server.review.app import make_app
-
     with study(tmp_path, 2) as database:
         client = TestClient(make_app(database, hosts=frozenset({"127.0.0.1"})), base_url=ORIGIN)
         assert client.get("/login").status_code == 200
