@@ -47,13 +47,13 @@ class Difference(_Part):
     ci95: Interval
 
 
-class Tested(Difference):
+class ComparedDifference(Difference):
     """A difference of accuracies. p: exact sign-flip test by patient (McNemar's, where each has one question)."""
 
     p: float
 
 
-class Corrected(Tested):
+class Corrected(ComparedDifference):
     """One of a family. A gap's p is normal, from the bootstrap's standard error."""
 
     p_holm: float
@@ -120,7 +120,7 @@ class ModelTold(Accuracies, Calibration):
     event: EventFigures | None
 
 
-class Pair(Tested):
+class Pair(ComparedDifference):
     """`model` minus `against` on the same questions. only_*: questions that one of both alone had right, with McNemar's
     exact p by question. discordance: their share. design_effect: variance over that of as many independent questions.
     detectable: the true difference that 80 % of such evaluations find. brier below 0 and auroc above 0 favour `model`;
@@ -282,7 +282,7 @@ class Permuted(_Part):
     n: int
     patients: int
     same: Value
-    accuracy_change: Tested
+    accuracy_change: ComparedDifference
     by_options: list[LetterEffect]
 
 
