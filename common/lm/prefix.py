@@ -115,7 +115,7 @@ class SharedPrefix:
         return states
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        with _attention(self.base):
+        with shared_attention(self.base):
             return self.base.base_model(
                 input_ids=ids, position_ids=positions, use_cache=False, shared_prefix=self
             ).last_hidden_state
@@ -203,7 +203,7 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float)
 def _attention_function(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    prefix: SharedPrefix | None = kwargs.get("shared_prefix")
+    prefix: Any = kwargs.get("shared_prefix")
     if prefix is None:
         raise ModelError("this model's layers do not hand their keyword arguments to the attention function")
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
@@ -214,7 +214,8 @@ AttentionInterface.register(_NAME, _attention_function)
 
 
 @contextmanager
-def _attention(base: Any) -> Iterator[None]:
+def shared_attention(base: Any) -> Iterator[None]:
+    """Within it the model's attention is the `attend` of what its forward pass is given as `shared_prefix`."""
     before = base.config._attn_implementation
     base.config._attn_implementation = _NAME
     try:
