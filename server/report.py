@@ -113,15 +113,15 @@ def write_report(
     if run["warmup"]["source"] == "none":
         evaluation = evaluate.without_warmup(evaluation)
     labels: Mapping[str, str] = run["dictionary"].get("labels", {})
-    page = _environment().get_template("report.html.j2")
+    page = environment().get_template("report.html.j2")
     text = page.render(
         name=config.name,
         registry=run["dictionary"]["title"] or run["dictionary"]["name"],
         evaluation=evaluation,
         noised=bool(evaluation.get("noise")),
-        headline=_unbroken(headline(evaluation)),
-        verdict=_unbroken(evaluate.verdict(evaluation)),
-        baselines=_unbroken(evaluate.baselines(evaluation)),
+        headline=unbroken(headline(evaluation)),
+        verdict=unbroken(evaluate.verdict(evaluation)),
+        baselines=unbroken(evaluate.baselines(evaluation)),
         key_figures=_key_figures(evaluation, rounds, run, provenance),
         reasoning=config.questions.reasoning_tokens > 0,
         result=_result_rows(evaluation),
@@ -157,7 +157,7 @@ def _cost(privacy: Mapping[str, Any], evaluation: Mapping[str, Any], reference: 
     if not privacy["enabled"] or "cost" not in privacy:
         return []
     accuracy = against(reference, evaluation) if reference else ALONE
-    return [_unbroken(sentence) for sentence in (*privacy["cost"]["sentences"], accuracy)]
+    return [unbroken(sentence) for sentence in (*privacy["cost"]["sentences"], accuracy)]
 
 
 def headline(evaluation: Mapping[str, Any]) -> str:
@@ -174,7 +174,7 @@ def headline(evaluation: Mapping[str, Any]) -> str:
     )
 
 
-def _unbroken(sentence: str) -> str:
+def unbroken(sentence: str) -> str:
     """The sentence with its figures kept on one line: "48.8 %", "p = 0.01", "n = 320"."""
     for text in (" %", " = ", " < ", " points"):
         sentence = sentence.replace(text, text.replace(" ", "\N{NO-BREAK SPACE}"))
@@ -416,18 +416,19 @@ def _parsed(text: str, path: Path) -> dict[str, Any]:
 
 
 @cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """The pages' templates: every value is escaped, and a name that is not given is a mistake."""
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         undefined=jinja2.StrictUndefined,
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    made.filters |= {
         "percent": evaluate.percent,
         "interval": evaluate.interval,
         "duration": duration,
         "key": plots.marker_key,
     }
-    return environment
+    return made

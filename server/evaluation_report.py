@@ -1,0 +1,308 @@
+"""report.html of an evaluation: one self-contained page with what was found, the tables and the plots.
+
+Role: where an evaluation ran, at the end of `wardround evaluate`, and wherever evaluation.json lies. Enters: content of
+evaluation.json, and where the registry is open, questions side by side (common/contrast.py). Leaves: the page. Private:
+as private as the figures; the questions that may be shown with them are patients' records, so whoever calls this gives
+them for open and synthetic registries only.
+
+Deterministic: the page holds no time of day. Every value is escaped: names of models, features and strata are a user's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..common.files import write_atomic
+from ..common.scored import MAJORITY
+from ..common.subgroups import shown_direction
+from . import plots
+from .evaluate import percent
+from .evaluation_plots import difference_axis, difference_scale, difference_strip, way_key
+from .evaluation_tables import LETTERS, MOST_TARGETS, difference, label, number, pair_of, role, share, view
+from .report import environment, unbroken
+
+_MOST_OTHERS = 3  # models beside reference and final in the table of all tasks; the rest stand in each task's own
+_MOST_SHOWN = 10  # questions gained, and questions lost, that are shown of a task
+_FLAGS = {
+    "contradicts_record": "contradicts the record",
+    "invented_value": "invented a value",
+    "answer_does_not_follow": "answer does not follow",
+    "leaked_letters": "talks of option letters",
+    "no_reasoning": "no reasoning",
+    "any": "any of them",
+}
+_PEOPLE = {"people": "Experts", "judges": "Programs as judges (never mixed with people)"}
+
+
+def write_evaluation_report(
+    out: Path,
+    evaluation: Mapping[str, Any],
+    *,
+    contrasts: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+) -> Path:
+    """Writes the page, whole or not at all, and returns its path.
+
+    Args:
+        out: report.html.
+        evaluation: content of evaluation.json, as `common.evaluation_file.evaluation` or `read_evaluation` gives it.
+        contrasts: task → `common.contrast.rows` of its questions gained and lost; open registries only.
+    """
+    tasks = evaluation["tasks"]
+    page = environment().get_template("evaluation.html.j2")
+    text = page.render(
+        title=title(evaluation),
+        headline=unbroken(headline(tasks)),
+        key_figures=_key_figures(tasks),
+        found=[(_title(evaluation, task), unbroken(task["findings"][0])) for task in tasks if task["findings"]],
+        warnings=[unbroken(sentence) for task in tasks for sentence in _warnings(task, _title(evaluation, task))],
+        overview=_overview(evaluation),
+        tasks=[view(task, _title(evaluation, task)) for task in tasks],
+        most_targets=MOST_TARGETS,
+        letters=LETTERS,
+        reasoning=_reasoning(evaluation["reasoning"]),
+        contrasts={name: _chosen(rows) for name, rows in (contrasts or {}).items() if rows},
+        flag_names=_FLAGS,
+        review=_review(evaluation["review"]),
+        federated=facts(evaluation["federated"]),
+        provenance=facts(evaluation["provenance"]),
+        schema=evaluation["evaluation_schema"],
+        version=evaluation["wardround"],
+        ways=[(way_key(way), words) for way, words in ((1, "better"), (-1, "worse"), (0, "not told apart"))],
+    )
+    write_atomic(out, text.encode(), mode=0o644)
+    return out
+
+
+def title(evaluation: Mapping[str, Any]) -> str:
+    """What the page and the card are called."""
+    given = evaluation["provenance"].get("title")
+    if isinstance(given, str) and given:
+        return given
+    finals = list(dict.fromkeys(task["final"] for task in evaluation["tasks"]))
+    references = [r for r in dict.fromkeys(task["reference"] for task in evaluation["tasks"]) if r not in finals]
+    return ", ".join(finals) + (f" against {', '.join(references)}" if references else "") or "Evaluation"
+
+
+def task_facts(evaluation: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """What provenance says of a task; empty where it says nothing."""
+    told = evaluation["provenance"].get("tasks")
+    own = told.get(name) if isinstance(told, Mapping) else None
+    return own if isinstance(own, Mapping) else {}
+
+
+def _title(evaluation: Mapping[str, Any], task: Mapping[str, Any]) -> str:
+    return str(task_facts(evaluation, task["name"]).get("title") or task["name"])
+
+
+def headline(tasks: Sequence[Mapping[str, Any]]) -> str:
+    """The result of all tasks in one or two sentences."""
+    if len(tasks) == 1 and tasks[0]["findings"]:
+        return tasks[0]["findings"][0]
+    ways = [shown_direction(dict(pair)) for task in tasks if (pair := _main_pair(task)) is not None]
+    if not ways:
+        return f"{len(tasks)} tasks were asked of one model; there is nothing to compare it with but baselines."
+    better, worse = ways.count(1), ways.count(-1)
+    final, reference = tasks[0]["final"], tasks[0]["reference"]
+    return (
+        f"Of {len(ways)} tasks, {final} is shown better than {reference} in {better} and worse in {worse}; in "
+        f"{ways.count(0)} they cannot be told apart. Nothing is corrected for how many tasks were asked."
+    )
+
+
+def _main_pair(task: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The final model against the reference; None where both are one."""
+    return pair_of(task, task["final"], task["reference"])
+
+
+def _key_figures(tasks: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    models = {model for task in tasks for model in task["models"]}
+    return [
+        (str(len(tasks)), "task" if len(tasks) == 1 else "tasks"),
+        (f"{sum(task['n'] for task in tasks):,}", "questions"),
+        (str(len(models)), "model" if len(models) == 1 else "models"),
+        (str(sum(len(task["subgroups"]["worse"]) for task in tasks)), "subgroups that got worse"),
+        (str(sum(len(task["subgroups"]["better"]) for task in tasks)), "subgroups that got better"),
+    ]
+
+
+def _warnings(task: Mapping[str, Any], name: str) -> Iterator[str]:
+    """What speaks against the final model, each with its figures."""
+    final, pair = task["final"], _main_pair(task)
+    if pair is not None and shown_direction(dict(pair)) < 0:
+        yield f"{name}: worse as a whole, {_in_words(pair)}."
+    for row in task["subgroups"]["worse"]:
+        yield f"{name}: {row['axis']} '{row['stratum']}' got worse, {_in_words(row)}, n = {row['n']:,}."
+    for key, noun in (("by_section", "section"), ("by_target", "target")):
+        for row in task[key]["rows"] if len(task[key]["rows"]) > 1 else ():
+            if row["difference"] is not None and shown_direction(row["difference"]) < 0:
+                yield f"{name}: {noun} '{row['name']}' got worse, {_in_words(row['difference'])}, n = {row['n']:,}."
+    if task["position"]["models"][final]["flagged"]:
+        yield f"{name}: {final} likes a letter whatever stands there (position bias)."
+
+
+def _in_words(item: Mapping[str, Any]) -> str:
+    value, bounds = difference(item)
+    size, p = value.split(", ")
+    return f"{size} points ({bounds}, {'corrected ' if 'p_holm' in item else ''}{p})"
+
+
+def _overview(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The table of all tasks: accuracy of each model, the difference, and the area under the ROC curve."""
+    tasks = evaluation["tasks"]
+    union = list(dict.fromkeys(model for task in tasks for model in task["models"]))
+    main = list(dict.fromkeys([task["reference"] for task in tasks] + [task["final"] for task in tasks]))
+    others = [model for model in union if model not in main]
+    others.sort(key=lambda model: model.startswith("local"))  # the sites' own models are the first to be left out
+    others, left_out = [MAJORITY, *others[:_MOST_OTHERS]], others[_MOST_OTHERS:]
+    pairs = [pair for task in tasks if (pair := _main_pair(task)) is not None]
+    scale = difference_scale([bound for pair in pairs for bound in (pair["difference"], *pair["ci95"])])
+    rows: list[dict[str, Any]] = []
+    for task in tasks:
+        pair, told = _main_pair(task), {**task["models"], MAJORITY: task["majority"]}
+        event = task["models"][task["final"]]["event"]
+        before = task["models"][task["reference"]]["event"] if pair is not None else None
+        strip, (value, bounds) = "", difference(pair)
+        if pair is not None:
+            strip = difference_strip(pair["difference"], pair["ci95"], scale, shown_direction(dict(pair)))
+        rows.append(
+            {
+                "name": task["name"],
+                "title": _title(evaluation, task),
+                "n": task["n"],
+                "patients": task["patients"],
+                "chance": percent(task["chance"]),
+                "main": [share(told[model]["accuracy"]) if model in told else ("–", "") for model in main],
+                "others": [share(told[model]["accuracy"]) if model in told else ("–", "") for model in others],
+                "difference": (value.split(", ")[0], bounds),
+                "strip": strip,
+                "auroc": number(None if event is None else event["auroc"], 2),
+                "before": number(None if before is None else before["auroc"], 2)[0],
+            }
+        )
+    return {
+        "main": [(label(model), plots.marker_key(_role(model, tasks))) for model in main],
+        "others": [(label(model), plots.marker_key(_role(model, tasks))) for model in others],
+        "rows": rows,
+        "axis": difference_axis(scale) if pairs else "",
+        "compared": bool(pairs),
+        "areas": any(row["auroc"][0] for row in rows),
+        "left_out": left_out,
+    }
+
+
+def _role(model: str, tasks: Sequence[Mapping[str, Any]]) -> str:
+    roles = {role(model, task) for task in tasks}
+    return next((name for name in ("final", "base", "majority") if name in roles), "other")
+
+
+def _reasoning(audit: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Flags of each model's reasoning, as counts and shares."""
+    models = {model: counts for model, counts in audit.items() if isinstance(counts, Mapping) and counts.get("n")}
+    if not models:
+        return None
+    kinds = list(dict.fromkeys(kind for counts in models.values() for kind in counts if kind != "n"))
+    rows = [
+        (
+            model,
+            counts["n"],
+            [
+                (f"{counts[kind]:,}", percent(counts[kind] / counts["n"])) if kind in counts else ("–", "")
+                for kind in kinds
+            ],
+        )
+        for model, counts in models.items()
+    ]
+    return {"kinds": [_FLAGS.get(kind, kind) for kind in kinds], "rows": rows}
+
+
+def _chosen(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The first questions gained and lost, and how many there are."""
+    sides = {change: [row for row in rows if row["change"] == change] for change in ("gained", "lost")}
+    return {change: {"n": len(found), "rows": found[:_MOST_SHOWN]} for change, found in sides.items()}
+
+
+def _review(found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Experts' preferences, from the statistics that `wardround server review stats` writes."""
+    if not found:
+        return None
+    models = found.get("models")
+    if not isinstance(models, list) or len(models) != 2:
+        return {"kinds": [], "facts": facts(found), "a": "", "b": "", "title": ""}
+    kinds = [
+        (words, _preferences(found[plural], models[0], models[1]))
+        for plural, words in _PEOPLE.items()
+        if isinstance(found.get(plural), Mapping)
+    ]
+    told = {key: found[key] for key in ("data", "items", "raters") if key in found}
+    return {"kinds": kinds, "facts": facts(told), "a": models[0], "b": models[1], "title": found.get("title", "")}
+
+
+def _preferences(said: Mapping[str, Any], a: str, b: str) -> dict[str, Any]:
+    overall = said["preference"]
+    rows = [
+        ("preferred", f"{b} {overall['b']}, {a} {overall['a']}, about equal {overall['equal']}"),
+        (f"score of {b} (a tie is half)", _percent(overall["score"])),
+        ("95 % interval over items", _range(overall["ci95_items"])),
+        ("95 % interval over raters and items", _range(overall["ci95_raters_items"])),
+    ]
+    if (ability := said.get("bradley_terry")) is not None:
+        rows.append(
+            (
+                f"Bradley–Terry, log-odds of {b}",
+                f"{ability['log_odds']:+.2f} (standard error {ability['standard_error']:.2f})".replace("-", "−"),
+            )
+        )
+    if (agreed := said.get("agreement")) is not None:
+        rows.append(
+            (
+                "Krippendorff's α",
+                f"{agreed['ordinal']:.2f} (five steps), {agreed['nominal']:.2f} (better, equal, worse); "
+                f"{agreed['raters']} raters, {agreed['shared_items']} shared items",
+            )
+        )
+    if (own := said.get("self_consistency")) is not None:
+        rows.append(("same preference when seen twice", _percent(own["same_preference"]["share"])))
+    sections = [
+        (name, one["n"], one["b"], one["a"], one["equal"], _percent(one["score"]), _range(one["ci95_items"]))
+        for name, one in said.get("by_section", {}).items()
+    ]
+    return {"rows": rows, "sections": sections, "impossible": list(said.get("not_possible", {}).values())}
+
+
+def _percent(part: float | None) -> str:
+    return "–" if part is None else percent(part)
+
+
+def _range(bounds: Sequence[float] | None) -> str:
+    return "–" if bounds is None else f"{100 * bounds[0]:.1f} to {percent(bounds[1])}"
+
+
+def facts(value: Mapping[str, Any], path: str = "") -> list[tuple[str, str]]:
+    """Nested data as (name, text), in its order.
+
+    >>> facts({"models": {"final": {"digest": "ab12"}}, "seed": 0})
+    [('models · final · digest', 'ab12'), ('seed', '0')]
+    """
+    rows: list[tuple[str, str]] = []
+    for key, item in value.items():
+        name = f"{path} · {key}" if path else str(key).replace("_", " ")
+        if isinstance(item, Mapping) and not {"value", "ci95"} <= item.keys():
+            rows += facts(item, name)
+        elif isinstance(item, list) and any(isinstance(part, Mapping | list) for part in item):
+            rows += facts({str(index + 1): part for index, part in enumerate(item)}, name)
+        else:
+            rows.append((name, _fact(item)))
+    return rows
+
+
+def _fact(item: Any) -> str:
+    if isinstance(item, Mapping):
+        low, high = item["ci95"]
+        return f"{item['value']:.4g} ({low:.4g} to {high:.4g})"
+    if isinstance(item, list):
+        return ", ".join(_fact(part) for part in item)
+    if isinstance(item, bool):
+        return "yes" if item else "no"
+    return "–" if item is None else f"{item:.4g}" if isinstance(item, float) else str(item)
