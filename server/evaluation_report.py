@@ -138,6 +138,9 @@ def _warnings(task: Mapping[str, Any], name: str) -> Iterator[str]:
         for row in task[key]["rows"] if len(task[key]["rows"]) > 1 else ():
             if row["difference"] is not None and shown_direction(row["difference"]) < 0:
                 yield f"{name}: {noun} '{row['name']}' got worse, {_in_words(row['difference'])}, n = {row['n']:,}."
+    for other in task["paired"]:
+        if other["model"] == final and other["against"] != task["reference"] and shown_direction(dict(other)) < 0:
+            yield f"{name}: worse than {label(other['against'])}, {_in_words(other)}."
     if task["position"]["models"][final]["flagged"]:
         yield f"{name}: {final} likes a letter whatever stands there (position bias)."
 

@@ -61,6 +61,12 @@ def number(figure: Mapping[str, Any] | None, digits: int = 3) -> tuple[str, str]
     return f"{figure['value']:.{digits}f}", f"{low:.{digits}f} to {high:.{digits}f}"
 
 
+def calibration(figure: Mapping[str, Any] | None) -> tuple[str, str]:
+    """A calibration error with its interval, and what chance alone would give."""
+    value, bounds = number(figure)
+    return value, "" if figure is None else f"{bounds}\nby chance {figure['by_chance']:.3f}"
+
+
 def share(figure: Mapping[str, Any] | None) -> tuple[str, str]:
     """A share and its interval in percent; empty where it cannot be had."""
     return ("", "") if figure is None else (percent(figure["value"]), interval(figure["ci95"]).removesuffix(" %"))
@@ -130,7 +136,7 @@ def _models(task: Mapping[str, Any]) -> dict[str, Any]:
                 "balanced": share(one["balanced_accuracy"]),
                 "difference": difference(pair_of(task, model, task["reference"])),
                 "brier": number(one.get("brier")),
-                "ece": number(one.get("ece")),
+                "ece": calibration(one.get("ece")),
                 "forced": share(one.get("fallback_rate")),
                 "length": number(one.get("mean_length"), 1),
             }
@@ -146,7 +152,7 @@ def _events(task: Mapping[str, Any]) -> list[dict[str, Any]]:
         if (event := one["event"]) is None:
             continue
         change = (pair_of(task, model, task["reference"]) or {}).get("auroc")
-        figures = {key: number(event[key]) for key in ("auroc", "auprc", "brier", "ece")}
+        figures = {key: number(event[key]) for key in ("auroc", "auprc", "brier")}
         rows.append(
             {
                 "label": label(model),
@@ -155,6 +161,7 @@ def _events(task: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "n": event["n"],
                 "events": event["events"],
                 **figures,
+                "ece": calibration(event["ece"]),
                 "change": signed(change),
             }
         )
