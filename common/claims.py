@@ -19,6 +19,24 @@ from typing import Literal
 
 from .dictionary import Feature
 from .mentions import NEGATIVE, NUMBER, POSITIVE, Mention, find_mentions, is_clinical, one_unit, sentences, unit_after
+from .phrases import (
+    ABOUT,
+    AFFIRMS,
+    AFTER,
+    AGE,
+    BREAKS,
+    COMMA,
+    COMPARED,
+    DENIES,
+    MAY_BE,
+    NO_VALUE,
+    NOT_SAID,
+    OF_NAME,
+    PERSON,
+    SAYS,
+    UNKNOWN,
+    UNKNOWN_BEFORE,
+)
 
 GAP = 64  # most characters between a name and its value
 GAP_WORDS = 7
@@ -49,90 +67,6 @@ class Claim:
     roughly: bool
     sentence: tuple[int, int]
     level: str | None = None
-
-
-def _any(*words: str) -> re.Pattern[str]:
-    return re.compile(r"\b(?:" + "|".join(words) + r")\b", re.IGNORECASE)
-
-
-# Before a name in its sentence: what follows is not said of this patient as a fact.
-_NOT_SAID = _any(
-    r"if", r"suppos\w+", r"imagin\w+", r"assum\w+", r"unless", r"whether", r"would", r"should", r"could", r"might", r"may",
-    r"can(?! be seen)", r"expect\w*", r"usual\w*", r"typical\w*", r"normally", r"healthy", r"reference", r"in general",
-    r"generally", r"often", r"frequently", r"commonly", r"options?", r"choices?", r"alternatives?", r"likely", r"unlikely",
-    r"probabl[ey]", r"perhaps", r"possibl[ey]", r"maybe", r"plausible", r"estimat\w+", r"guess\w*", r"predict\w*",
-    r"patients (?:with|who|whose|having|aged)", r"(?:people|persons|individuals|those|adults|men|women|anyone|someone)",
-    r"had (?:the|his|her|their|this)", r"were (?:the|his|her)", r"values? of [^.;]* (?:over|above|below|under)",
-    r"population", r"study|studies|literature", r"scores? (?:range|from)",
-)  # fmt: skip
-# Between a name and its value, or right after it.
-_BREAKS = _any(
-    r"would", r"should", r"could", r"might", r"may", r"can", r"if", r"were", r"expect\w*", r"usual\w*", r"typical\w*",
-    r"normally", r"range\w*", r"reference", r"average", r"mean", r"median", r"between", r"above", r"below", r"over",
-    r"under", r"than", r"exceed\w*", r"least", r"most", r"up to", r"not", r"unknown", r"masked", r"missing", r"cut-?off",
-    r"threshold", r"limit", r"target", r"goal", r"options?", r"choices?", r"answers?", r"likely", r"probabl[ey]",
-    r"perhaps", r"possibl[ey]", r"maybe", r"estimat\w*", r"guess\w*", r"predict\w*", r"assum\w*", r"suggest\w*",
-    r"impl(?:y|ies)", r"indicat\w*", r"associat\w*", r"correlat\w*", r"affect\w*", r"cause[sd]?", r"by", r"per", r"every",
-    r"after", r"before", r"and", r"or", r"but", r"points? to", r"from", r"because", r"since", r"while", r"with",
-)  # fmt: skip
-_AFTER = re.compile(
-    r"^[\s,)]*(?:\w+\s+)?(?:would|could|might|may|should|or (?:more|less|higher|lower|above|below|over)|and (?:above|over|"
-    r"below|older|more)|\+|(?:is|are) (?:usually|often|typically|commonly|generally|considered|associated|normal(?! f)|"
-    r"possible|plausible|likely|unlikely|too|the (?:most|best|normal|usual)))",
-    re.IGNORECASE,
-)
-_ABOUT = re.compile(r"\b(?:about|around|approximately|approx|roughly|nearly|almost|close to|circa|some)\b|[~≈]", re.I)
-_NO_VALUE = re.compile(r"(?:day|option|grade|class|type|stage|step|answer|choice|number|line|item)\s*$", re.IGNORECASE)
-_COMMA = re.compile(
-    r",\s*(?:which|who|that|at|of|measured|recorded|listed|given|noted|reported|documented|now|the (?:figure|value|reading)|"
-    r"is|was|i\.e\.)\b|,\s*$",
-    re.IGNORECASE,
-)
-_UNKNOWN = re.compile(
-    r"\b(?:not|n't|never)\s+(?:been\s+|be\s+|explicitly\s+|directly\s+)?(?:given|mentioned|recorded|reported|stated|"
-    r"known|available|provided|specified|documented|measured|listed|shown|noted|assessed|clear|in the record)\b|"
-    r"\b(?:unknown|missing|masked|unavailable|unclear|hidden|unspecified)\b",
-    re.IGNORECASE,
-)
-_UNKNOWN_BEFORE = re.compile(
-    r"\b(?:not|n't)\s+(?:know|mention|state|say|give|list|report|include|show|specify|provide|tell)\w*|\bno (?:information|"
-    r"data|mention|details?|values?|record)\b|\bnothing (?:about|on)\b|\b(?:unknown|missing|masked)\b|\bwithout knowing\b",
-    re.IGNORECASE,
-)
-
-# Words that may stand between what says yes or no and the name.
-_FILL = (
-    r"(?:\s+(?:a|an|the|any|his|her|their|this|known|prior|previous|past|current|clear|documented|recorded|reported|"
-    r"history|diagnosis|evidence|signs?|presence|symptoms|of|from|for|with|to|been|have|has|had|having|be|is|was|"
-    r"diagnosed|suffer\w*|severe|mild|chronic|acute|long-?standing|established|active|significant|notable|such|also|"
-    r"comorbid\w*|underlying|pre-?existing|medical|personal))*\s+"
-)
-_LISTED = r"(?:§\s*(?:\([^)]*\)\s*)?(?:,\s*(?:and|or|nor)?|and|or|nor|/)\s*(?:the |a |an |any |his |her )?)*$"
-_DENIES = re.compile(
-    r"(?:\bno\b|\bnot\b|n't|\bwithout\b|\bnever\b|\babsence of\b|\bnegative for\b|\bfree (?:of|from)\b|\bden(?:ies|ied)\b|"
-    r"\blacks?\b|\bneither\b|\bnor\b|\bnone of\b|\brul(?:es?|ed) out\b|\bnon-?)" + f"(?:{_FILL}|\\s*)" + _LISTED,
-    re.IGNORECASE,
-)
-_AFFIRMS = re.compile(
-    r"(?:\b(?:has|have|had|having)\b|\bsuffer\w* from\b|\bhistory of\b|\bdiagnos(?:ed with|is of)\b|\bknown (?:for|to have|"
-    r"with)?|\bpositive for\b|\bpresence of\b|\bpresent(?:s|ed|ing)? with\b|\badmitted (?:with|for)\b|\bliv(?:es|ing) with\b|"
-    r"\b(?:underlying|pre-?existing|comorbid|concomitant|coexisting|established|documented)\b|\b(?:his|her|their|the "
-    r"patient's|patient's)\b|\bthere (?:is|was|are)\b|\bwe (?:find|see|have|note)\b|\b(?:includ(?:e|es|ing)|shows?|notes?|"
-    r"lists?|reports?|documents?|mentions?)\b|\b(?:patient|man|woman|male|female|lady|gentleman|old)(?: is| was)?(?: a| an)? "
-    r"with\b|\bis (?:a |an )?(?=$))" + f"(?:{_FILL}|\\s*)" + _LISTED,
-    re.IGNORECASE,
-)
-_SAYS = re.compile(
-    r"(?P<no>no(?=\s*(?:[.,;:)\]\"'?!]|$|\n|\b(?:and|but|which|so)\b))|none|absent|negative|false|(?:not|n't)\s+(?:present|"
-    r"there|found|seen)|excluded|denied)|(?P<yes>yes|present|positive|true|confirmed|\+)",
-    re.IGNORECASE,
-)
-_MAY_BE = _any(
-    r"would", r"could", r"might", r"may", r"can", r"should", r"is (?:a|an|one of the|the)?\s*(?:\w+\s)?(?:risk|cause|common|"
-    r"strong|major|known)", r"often", r"usually", r"typically", r"generally", r"is associated", r"is linked", r"are",
-    r"increases?", r"tends?",
-)  # fmt: skip
-_ALIVE = {"male": ("man", "gentleman", "male"), "female": ("woman", "lady", "female")}
 
 
 def claims(text: str, features: Mapping[str, Feature]) -> list[Claim]:
@@ -180,13 +114,17 @@ class _Reader:
 
     def _right(self, mention: Mention, start: int, stop: int, end: int) -> Claim | None:
         """The claim of a name with its value after it, before the next name at `stop`."""
-        before = self.text[start : mention.start]
-        if _NOT_SAID.search(before) or _UNKNOWN_BEFORE.search(before):
+        before = re.sub(r"\bmasked value of\b", "", self.text[start : mention.start])
+        if NOT_SAID.search(before) or UNKNOWN_BEFORE.search(before) or COMPARED.search(before):
             return None
+        if any(self._scored(name) for name in mention.features):
+            claim = self._level_right(mention, start, stop, end)
+            if claim is not None:
+                return claim
         numeric = self._numeric(mention)
         if numeric:
             for number in NUMBER.finditer(self.text, mention.end, min(stop, mention.end + GAP)):
-                if _NO_VALUE.search(self.text[mention.end : number.start()]):
+                if NO_VALUE.search(self.text[mention.end : number.start()]):
                     continue
                 gap = self.text[mention.end : number.start()]
                 if re.search(r"\bnormal\s*$", before, re.I) and not re.match(r"\s*(?:\(|at|of)", gap):
@@ -205,12 +143,13 @@ class _Reader:
 
     def _scored(self, name: str) -> bool:
         """A category with numbers for levels: "9", "0 (awake)"."""
-        return all(level[:1].isdigit() for level in self.features[name].levels.values())
+        levels = self.features[name].levels.values()
+        return bool(levels) and all(level[:1].isdigit() for level in levels)
 
     def _gap_holds(self, gap: str) -> bool:
-        if len(re.findall(r"\w+", gap)) > GAP_WORDS or _BREAKS.search(gap) or re.search(r"[<>≤≥?!]|\)\s*\S*\s*\w", gap):
+        if len(re.findall(r"\w+", gap)) > GAP_WORDS or BREAKS.search(gap) or re.search(r"[<>≤≥?!]|\)\s*\S*\s*\w", gap):
             return False
-        return "," not in gap or _COMMA.search(gap) is not None
+        return "," not in gap or COMMA.search(gap) is not None
 
     def _alone(self, number: re.Match[str]) -> bool:
         """Not an end of a range, nor a bound."""
@@ -219,7 +158,7 @@ class _Reader:
             return re.match(r"\s*/\s*(?:15|58|100|10|7)\b", after) is not None  # "12/15": out of a scale's best
         found = unit_after(self.text, number.end(), self.units)
         rest = self.text[found[1] : found[1] + 40] if found else self.text[number.end() : number.end() + 40]
-        return re.match(r"\s*(?:[-–]|to\b)\s*\d", rest) is None and _AFTER.match(rest) is None
+        return re.match(r"\s*(?:[-–]|to\b)\s*\d", rest) is None and AFTER.match(rest) is None
 
     def _number(
         self, mention: Mention, number: re.Match[str], gap: str, numeric: tuple[str, ...], start: int, end: int
@@ -243,7 +182,7 @@ class _Reader:
             "number",
             number[0],
             unit,
-            _ABOUT.search(gap) is not None,
+            ABOUT.search(gap) is not None,
             (start, end),
         )
 
@@ -252,7 +191,7 @@ class _Reader:
             return None
         stop = min(stop, mention.end + GAP) if stop == end or stop > mention.end + 1 else stop
         after = self.text[mention.end : min(end, mention.end + GAP)]
-        if _UNKNOWN.search(after):
+        if UNKNOWN.search(after):
             return None
         for name in mention.features:
             feature = self.features[name]
@@ -264,7 +203,7 @@ class _Reader:
                 if found and self._gap_holds(after[: found.start()]) and not self._unsure(after[found.end() :]):
                     return self._claim(mention, mention.end + found.end(), "level", level, (start, end))
         if any(negative_level(self.features[name]) is not None for name in mention.features):
-            found = _SAYS.search(after[: max(0, stop - mention.end)])
+            found = SAYS.search(after[: max(0, stop - mention.end)])
             if found and self._gap_holds(re.sub(r"\b(?:not|n't)\s*$", "", after[: found.start()])):
                 what = "no" if found["no"] else "yes"
                 if re.search(r"\bnot\s+(?:\w+\s+)?$", after[: found.start()]) and what == "yes":
@@ -275,7 +214,7 @@ class _Reader:
         return None
 
     def _unsure(self, after: str) -> bool:
-        return _AFTER.match(after) is not None
+        return AFTER.match(after) is not None
 
     def _claim(
         self, mention: Mention, stop: int, kind: Literal["level", "yes"], value: str, sentence: tuple[int, int]
@@ -287,17 +226,16 @@ class _Reader:
     def _left(self, mention: Mention, start: int, end: int) -> Claim | None:
         """A number before its name ("at 88, the heart rate", "a value of 88 for the heart rate"), or a level."""
         before = self.text[start : mention.start]
-        if _NOT_SAID.search(before) or self._unsure(self.text[mention.end : end]):
+        if NOT_SAID.search(before) or self._unsure(self.text[mention.end : end]):
             return None
         numeric = self._numeric(mention)
-        numbers = [number for number in NUMBER.finditer(self.text, start, mention.start)] if numeric else []
+        numbers = list(NUMBER.finditer(self.text, start, mention.start)) if numeric else []
         if numbers and numbers[-1].start() not in self.used and self._alone(numbers[-1]):
             number = numbers[-1]
             found = unit_after(self.text, number.end(), self.units)
             between = self.text[found[1] if found else number.end() : mention.start]
-            link = r"\s*(?:(?:is|was|were|as|found|measured|recorded|seen|noted|given|listed|reported)\s+)*(?:for|as|of|on|in)\s+(?:the |a |an |his |her |their |patient's )*$"
             led = re.search(r"\b(?:at|with)\s+(?:about |around )?$", self.text[start : number.start()], re.IGNORECASE)
-            if re.match(link, between, re.I) or (
+            if OF_NAME.match(between) or (
                 led and re.match(r"\s*,\s*(?:the|his|her|their|this)\s+(?:patient's )?$", between, re.I)
             ):
                 return self._number(mention, number, self.text[start : number.start()], numeric, start, end)
@@ -318,12 +256,7 @@ class _Reader:
             return None
         before, after = self.text[start : mention.start], self.text[mention.end : end]
         after = re.split(r"[,;.]|\b(?:which|and|but|so)\b", after, maxsplit=1)[0]
-        if (
-            _NOT_SAID.search(before)
-            or _UNKNOWN_BEFORE.search(before)
-            or _UNKNOWN.search(after)
-            or _MAY_BE.search(after)
-        ):
+        if NOT_SAID.search(before) or UNKNOWN_BEFORE.search(before) or UNKNOWN.search(after) or MAY_BE.search(after):
             return None
         marked = list(before)  # other names become one sign, so that lists can be read through
         for other in inside:
@@ -331,7 +264,7 @@ class _Reader:
                 first, last = other.start - start, other.end - start
                 marked[first:last] = ["§", *[""] * (last - first - 1)]
         line = "".join(marked)
-        denied, affirmed = _DENIES.search(line), _AFFIRMS.search(line)
+        denied, affirmed = DENIES.search(line), AFFIRMS.search(line)
         if denied and (affirmed is None or denied.start() >= affirmed.start() or denied.end() == affirmed.end()):
             return self._claim(mention, mention.end, "yes", "no", (start, end))
         if affirmed:
@@ -345,24 +278,21 @@ class _Reader:
         found: list[Claim] = []
         text = self.text[start:end]
         ages = tuple(name for name, f in self.features.items() if f.label.lower() == "age" and f.kind == "number")
-        form = r"(?<![\w.,])(\d{1,3})[\s-]*(?:years?|yrs?|yr|y)[\s-]*/?\s*(?:olds?|of age|o)\b|\baged?:?\s+(\d{1,3})\b(?![.,]\d)"
-        for match in re.finditer(form, text, re.IGNORECASE) if ages else ():
+        for match in AGE.finditer(text) if ages else ():
             group = 1 if match[1] else 2
             place = start + match.start(group)
-            if place in self.used or _NOT_SAID.search(text[: match.start()]) or self._bounded(text, match):
+            if place in self.used or NOT_SAID.search(text[: match.start()]) or self._bounded(text, match):
                 continue
             self.used.add(place)
             found.append(
                 Claim(start + match.start(), start + match.end(), ages, "number", match[group], "", False, (start, end))
             )
         for name, feature in self.features.items():
-            if {level.lower() for level in feature.levels.values()} != set(_ALIVE):
+            if {level.lower() for level in feature.levels.values()} != set(PERSON):
                 continue
             for level in feature.levels.values():
-                nouns = "|".join(_ALIVE[level.lower()])
-                form = rf"\b(?:a|an|the|this|our|old|y/?o|is|was)\s+(?:elderly |young |older |adult |white |black )?({nouns})\b(?! (?:sex|gender|patients|relative))"
-                for match in re.finditer(form, text, re.IGNORECASE):
-                    if not _NOT_SAID.search(text[: match.start()]) and not text.rstrip().endswith("?"):
+                for match in PERSON[level.lower()].finditer(text):
+                    if not NOT_SAID.search(text[: match.start()]) and not text.rstrip().endswith("?"):
                         place = start + match.start(1)
                         found.append(
                             Claim(place, start + match.end(1), (name,), "level", level, "", False, (start, end))
@@ -390,12 +320,7 @@ class _Reader:
                 before,
             )
             whole = self.text[start : number.start()]
-            if (
-                named
-                and not _NOT_SAID.search(whole)
-                and not _BREAKS.search(before)
-                and named[1].lower() not in _NO_NAMES
-            ):
+            if named and not NOT_SAID.search(whole) and not BREAKS.search(before) and named[1].lower() not in _NO_NAMES:
                 self.used.add(number.start())
                 found.append(
                     Claim(

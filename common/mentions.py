@@ -81,6 +81,7 @@ def plain(text: str) -> str:
 
 _PLAIN = {ord(sign): " " for sign in "*`#$\u00a0"} | {ord("’"): "'", ord("—"): "–"}
 _SENTENCE = re.compile(r"(?<=[.!?;])(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.)\s+|\n+")
+_LETTER_END = re.compile(r"\b[A-J]\.$")
 _ENUMERATED = re.compile(r"\W*(?:[A-Z]|\d{1,2})\.")
 
 
@@ -88,8 +89,11 @@ def sentences(text: str) -> Iterator[tuple[int, int]]:
     """(start, end) of the text's sentences; a line, and a part up to ";", is one as well."""
     start = 0
     for cut in _SENTENCE.finditer(text):
-        if "\n" not in cut[0] and _ENUMERATED.fullmatch(text, start, cut.start()):
-            continue  # "B. 3.5 mmol/L is too low"
+        if "\n" not in cut[0]:
+            if _ENUMERATED.fullmatch(text, start, cut.start()):
+                continue  # "B. 3.5 mmol/L is too low"
+            if _LETTER_END.search(text, start, cut.start()) and re.match("[0-9a-z]", text[cut.end() : cut.end() + 1]):
+                continue  # "the answer is B. 3.5 mmol/L"
         if text[start : cut.start()].strip():
             yield start, cut.start()
         start = cut.end()

@@ -2,16 +2,16 @@ r"""Automatic flags of one completion: does what it says fit the record, and doe
 
 Runs where questions and completions are: at a hospital over its own patients, or over an open or synthetic registry.
 Enters: a question's record (common/record.py) and the completion. A flag's span and reason quote both, so flags of a
-hospital's own questions stay in that hospital's own report; only those over open or synthetic registries may be shown to
-experts elsewhere. Counts of flags are counts.
+hospital's own questions stay in that hospital's own report; only those over open or synthetic registries may be shown
+to experts elsewhere. How many there are of each kind is a count like others.
 
 Rules without a model: cheap, repeatable, and blind where words fail them. They find what is stated plainly. They do not
 find a wrong inference, a synonym that is no part of the dictionary ("renal failure" for "Chronic renal disease"), a
 statement by pronoun ("it was 88"), a value spelled out ("sixty"), or one converted into another unit. Names and numbers
 are matched in any language, as labels keep the dictionary's own; conclusions, hedges and negations are English: in
-another language `answer_does_not_follow` finds nothing, and a weighed value may be taken for a stated one. How well they
-do on planted truths is measured by benchmarks/reasoning_audit.py; on a model's own text they are a reason to read it, no
-verdict.
+another language `answer_does_not_follow` finds next to nothing, and a weighed value may be taken for a stated one. How
+well they do on planted truths is measured by benchmarks/reasoning_audit.py; on a model's own text a flag is a reason to
+read it, no verdict.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .conclusions import Verdict, verdicts
 from .dictionary import Feature
 from .mentions import agrees, core, has_qualifier, one_unit, plain, sentences
 from .question import LETTERS, PromptTemplate, boxes, parse_answer, prefill
-from .record import Record
+from .record import Record, unit
 
 Kind = Literal["contradicts_record", "invented_value", "answer_does_not_follow", "leaked_letters", "no_reasoning"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -67,7 +67,7 @@ def audit(
     own = text[skipped:]
     if chosen is None:
         chosen = parse_answer(own, len(record.options))
-    flags = _no_reasoning(own)
+    flags = _no_reasoning(own, record)
     if not any(flag.kind == "no_reasoning" and "repeated" not in flag.reason for flag in flags):
         flags += _letter_first(own, record)
     flags += _boxes(own, record)
@@ -75,20 +75,25 @@ def audit(
     if chosen is not None and chosen >= 0:
         flags += _follows(own, record, chosen)
     flags.sort(key=lambda flag: (flag.start, flag.end))
+    flags = list({(flag.kind, flag.reason): flag for flag in reversed(flags)}.values())[::-1]  # said twice: the first
     return [Flag(flag.kind, flag.start + skipped, flag.end + skipped, flag.reason) for flag in flags]
 
 
 # --- statements ---------------------------------------------------------------------------------------------------
 
 _GIVEN = re.compile(
-    r"\b(?:records?|chart|notes?|file|data|table|documents?|documentation)\s+(?:also\s+|clearly\s+)?(?:shows?|says?|states?|"
-    r"lists?|reports?|gives?|notes?|mentions?|puts|has|indicates?|reads?)\b|\b(?:recorded|documented|reported|listed|given|noted|"
-    r"stated|charted|measured)\b|\baccording to\b|\bwe (?:are told|know|see|read)\b|\b(?:from|in|per) the (?:records?|notes?|"
+    r"\b(?:records?|chart|notes?|file|data|table|documents?|documentation)\s+(?:also\s+|clearly\s+)?(?:shows?|"
+    r"says?|states?|"
+    r"lists?|reports?|gives?|notes?|mentions?|puts|has|indicates?|reads?)\b|\b(?:recorded|documented|reported|"
+    r"listed|given|noted|"
+    r"stated|charted|measured)\b|\baccording to\b|\bwe (?:are told|know|see|read)\b|\b(?:from|in|"
+    r"per) the (?:records?|notes?|"
     r"chart)\b",
     re.IGNORECASE,
 )
 _PREMISE = re.compile(
-    r"\b(?:given|since|because(?: of)?|due to|considering|in view of|based on|as)\s+(?:that\s+)?(?:(?:the|a|an|his|her|their|this|"
+    r"\b(?:given|since|because(?: of)?|due to|considering|in view of|based on|as)\s+(?:that\s+)?(?:(?:the|a|an|"
+    r"his|her|their|this|"
     r"patient's|known|high|low|elevated)\s+)*$",
     re.IGNORECASE,
 )
@@ -180,7 +185,7 @@ def _as_given(claim: Claim, text: str) -> bool:
 
 
 def _supported(claim: Claim, record: Record) -> bool:
-    """Whether other words of the record say the same: "sepsis" where a diagnosis is "multi-organ failure with sepsis"."""
+    """Whether other words of the record say so: "sepsis" where a diagnosis is "multi-organ failure with sepsis"."""
     if claim.kind != "yes":
         return False
     feature = record.features[claim.features[0]]
@@ -206,8 +211,8 @@ def _of_no_feature(claim: Claim, said: str, record: Record) -> Flag | None:
     if target & set(_telling(said)) or _is_option(claim, record):
         return None
     for name, value in record.values.items():
-        number, unit = re.match(_LEADING, value), record.features[name].unit
-        if number is None or (claim.unit and one_unit(unit or "") != claim.unit):
+        number, its_unit = re.match(_LEADING, value), record.features[name].unit or ""
+        if number is None or (claim.unit and one_unit(its_unit) != claim.unit):
             continue
         if agrees(claim.value, number[0], roughly=claim.roughly):
             return None
@@ -220,7 +225,8 @@ def _of_no_feature(claim: Claim, said: str, record: Record) -> Flag | None:
 def _follows(text: str, record: Record, chosen: int) -> list[Flag]:
     """Whether the last conclusion before the box names the boxed option."""
     found = boxes(text)
-    judged = verdicts(text[: found[-1][0]] if found else text, record)
+    before = text[: found[-1][0]] if found else text
+    judged = sorted([*verdicts(before, record), *_stated(before, record)], key=lambda verdict: verdict.start)
     letter = LETTERS[chosen]
     kept = [verdict for verdict in judged if verdict.keeps]
     if kept:
@@ -239,6 +245,19 @@ def _follows(text: str, record: Record, chosen: int) -> list[Flag]:
     return []
 
 
+def _stated(text: str, record: Record) -> list[Verdict]:
+    """Plain statements of what is asked: "the patient had sepsis", "the masked value of Sodium is 131"."""
+    text = plain(text)
+    found: list[Verdict] = []
+    for claim in claims(text, record.features):
+        if _narrowed(claim, text, record) != (record.target.name,):
+            continue
+        named = [index for index, option in enumerate(record.options) if _agrees(claim, record.target, option)]
+        if len(named) == 1:
+            found.append(Verdict(*claim.sentence, named[0], True, "value"))
+    return found
+
+
 def _one_of_each(last: Sequence[Verdict], chosen: int) -> bool:
     """One sentence keeps two options by letter, the chosen one among them: no single conclusion."""
     return all(verdict.by == "letter" for verdict in last) and any(verdict.option == chosen for verdict in last)
@@ -252,7 +271,8 @@ _LEAD = (
 )
 _ALONE = re.compile(_LEAD + r"\(?(?P<letter>[A-J])\)?(?!-?[A-Za-z0-9'])(?P<rest>[^\n]*)")
 _NAMED = re.compile(
-    r"\b(?i:options?|choices?|answers?)\s*(?:is|are|:|=|would be|must be)?\s*\(?(?P<letter>[A-Z])\)?(?!-?[A-Za-z0-9'])"
+    r"\b(?i:options?|choices?|answers?)\s*(?:is|are|:|=|would be|"
+    r"must be)?\s*\(?(?P<letter>[A-Z])\)?(?!-?[A-Za-z0-9'])"
     r"(?!(?<=I)\s+(?!is\b|fits\b|seems\b|looks\b|can\b|would\b)[a-z])"  # "the option I choose"
 )
 _ANSWER_WORDS = re.compile(
@@ -261,10 +281,12 @@ _ANSWER_WORDS = re.compile(
 )
 
 
-def _words(text: str) -> int:
-    """Words that are neither a box nor the phrase before one."""
+def _words(text: str, record: Record) -> int:
+    """Words that are neither a box nor the phrase before one, nor an option read out after its letter."""
     for start, end, _ in reversed(boxes(text)):
         text = text[:start] + " " + text[end:]
+    offered = "|".join(map(re.escape, record.options))
+    text = re.sub(rf"(?<![A-Za-z])[A-J][.):]\s+(?:{offered})(?:{re.escape(unit(record.target))})?(?!\w)", " ", text)
     return len(re.findall(r"[^\W\d_]{2,}", _ANSWER_WORDS.sub(" ", plain(text))))
 
 
@@ -272,8 +294,8 @@ def _letter_first(text: str, record: Record) -> list[Flag]:
     """The answer's letter before any reason for it; a text without a reason is `no_reasoning` instead."""
     why = "the answer's letter comes before any reasoning"
     found = boxes(text)
-    if found and _words(text[: found[0][0]]) < FEWEST_WORDS:
-        return [Flag("leaked_letters", found[0][0], found[0][1], why)] if _words(text) >= FEWEST_WORDS else []
+    if found and _words(text[: found[0][0]], record) < FEWEST_WORDS:
+        return [Flag("leaked_letters", found[0][0], found[0][1], why)] if _words(text, record) >= FEWEST_WORDS else []
     line = plain(text)
     match = _ALONE.match(line)
     if match is None:
@@ -284,18 +306,15 @@ def _letter_first(text: str, record: Record) -> list[Flag]:
     )
     if index >= len(record.options):
         return []
-    if not phrase and not re.match(r"\s*(?:[.:)–-]|$|because\b|since\b|is\b|as\b)", rest):
-        return []  # "A 65-year-old man"
-    if re.match(r"\W*" + re.escape(record.options[index]), rest) and re.match(
-        rf"\s*\W*{LETTERS[index + 1]}\W", line[match.end() :] or rest[-1:]
+    if phrase:
+        if "option" in phrase[0].lower() and re.match(r"\s*(?:\([^)]*\)|is|seems|would|can|could|looks)\b", rest):
+            return []  # "Option A is low, …" weighs
+    elif (
+        not re.match(r"\s*(?:[.:)–-]|$|because\b|since\b|is\b|as\b)", rest)  # "A 65-year-old man"
+        or index != parse_answer(text, len(record.options))
+        or re.search(rf"\n\W*(?!{match['letter']})[A-J][.):]", line)  # the options, one after another
     ):
-        return []  # the options, read out
-    if (
-        re.match(r"\s*(?:\([^)]*\)|is|seems|would|can|could|looks)\b", rest)
-        and phrase
-        and "option" in phrase[0].lower()
-    ):
-        return []  # "Option A is low, …" weighs
+        return []
     return [Flag("leaked_letters", match.start("letter"), match.end("letter"), why)]
 
 
@@ -319,10 +338,10 @@ def _boxes(text: str, record: Record) -> list[Flag]:
     return flags
 
 
-def _no_reasoning(text: str) -> list[Flag]:
-    if _words(text) < FEWEST_WORDS:
+def _no_reasoning(text: str, record: Record) -> list[Flag]:
+    if _words(text, record) < FEWEST_WORDS:
         return [Flag("no_reasoning", 0, len(text), "hardly a word beside the answer")]
-    loop = re.search(rf"(?P<part>\S[^\n]{{3,200}}?\s*)(?:(?P=part)){{{REPEATS - 1},}}", text)
+    loop = _LOOP.search(text)
     if loop and len(loop[0]) >= 40:
         return [Flag("no_reasoning", loop.start(), loop.end(), "the same words, repeated")]
     places: dict[str, list[tuple[int, int]]] = {}
@@ -330,7 +349,10 @@ def _no_reasoning(text: str) -> list[Flag]:
         words = re.sub(r"[\W\d]+", " ", text[start:end]).strip().lower()
         if len(words) >= 8:
             places.setdefault(words, []).append((start, end))
-    most = max(places.values(), key=len, default=[])
-    if len(most) >= REPEATS and 2 * len(most) > sum(map(len, places.values())):
-        return [Flag("no_reasoning", most[0][0], most[-1][1], "the same sentence, repeated")]
+    again = [place for same in places.values() if len(same) > 1 for place in same]
+    if len(again) >= REPEATS and sum(map(len, places.values())) >= 2 * len(places):
+        return [Flag("no_reasoning", min(again)[0], max(again)[1], "the same sentences, repeated")]
     return []
+
+
+_LOOP = re.compile(rf"(?P<part>\S[^\n]{{3,200}}?\s*)(?:(?P=part)){{{REPEATS - 1},}}")

@@ -170,7 +170,7 @@ class _Writer:
             place, planted = len(body), (self._pick("repeated") * 12).rstrip()
             end = []
         elif kind != "clean":
-            planted = self._statement_defect(kind)
+            planted = self._statement_defect(kind, chosen)
         lines = [*body[:place], *([planted] if planted else []), *body[place:], *end, *([box] if box else [])]
         return self._done(kind if planted else "clean", lines, lines.index(planted) if planted else -1, planted or "")
 
@@ -258,10 +258,10 @@ class _Writer:
 
     # --- defects --------------------------------------------------------------------------------------------------
 
-    def _statement_defect(self, kind: str) -> str | None:
+    def _statement_defect(self, kind: str, chosen: int) -> str | None:
         """A sentence with a wrong or invented value; None where the question has no feature for it."""
         if kind == "masked value as given":
-            return self._about_option("given", int(self.rng.integers(len(self.record.options))))
+            return self._about_option("given", chosen)
         if kind == "wrong age or sex":
             if not self._who_is_known():
                 return None
