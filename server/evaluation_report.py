@@ -18,7 +18,7 @@ from ..common.files import write_atomic
 from ..common.scored import MAJORITY
 from ..common.subgroups import shown_direction
 from . import plots
-from .evaluate import percent
+from .evaluate import percent, points
 from .evaluation_plots import difference_axis, difference_scale, difference_strip, way_key
 from .evaluation_tables import LETTERS, MOST_TARGETS, difference, label, number, pair_of, role, share, view
 from .report import environment, unbroken
@@ -56,7 +56,7 @@ def write_evaluation_report(
         headline=unbroken(headline(tasks)),
         key_figures=_key_figures(tasks),
         found=[(_title(evaluation, task), unbroken(task["findings"][0])) for task in tasks if task["findings"]],
-        warnings=[unbroken(sentence) for task in tasks for sentence in _warnings(task, _title(evaluation, task))],
+        warnings=[unbroken(sentence) for sentence in (*_losses(evaluation), *_behind(evaluation))],
         overview=_overview(evaluation),
         tasks=[view(task, _title(evaluation, task)) for task in tasks],
         most_targets=MOST_TARGETS,
@@ -127,8 +127,29 @@ def _key_figures(tasks: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     ]
 
 
-def _warnings(task: Mapping[str, Any], name: str) -> Iterator[str]:
-    """What speaks against the final model, each with its figures."""
+def _losses(evaluation: Mapping[str, Any]) -> Iterator[str]:
+    """Where the final model is shown worse than the reference, or likes a letter."""
+    for task in evaluation["tasks"]:
+        yield from _losses_of(task, _title(evaluation, task))
+
+
+def _behind(evaluation: Mapping[str, Any]) -> Iterator[str]:
+    """Which other models are shown better than the final one, and in which tasks."""
+    asked: dict[str, int] = {}
+    better: dict[str, list[str]] = {}
+    for task in evaluation["tasks"]:
+        for pair in task["paired"]:
+            if pair["model"] != task["final"] or pair["against"] == task["reference"]:
+                continue
+            other = label(pair["against"])
+            asked[other] = asked.get(other, 0) + 1
+            if shown_direction(dict(pair)) < 0:
+                better.setdefault(other, []).append(f"{_title(evaluation, task)} ({points(pair['difference'])})")
+    for other, tasks in better.items():
+        yield f"Worse than {other} in {len(tasks)} of {asked[other]}: {', '.join(tasks)}; in points."
+
+
+def _losses_of(task: Mapping[str, Any], name: str) -> Iterator[str]:
     final, pair = task["final"], _main_pair(task)
     if pair is not None and shown_direction(dict(pair)) < 0:
         yield f"{name}: worse as a whole, {_in_words(pair)}."
@@ -138,9 +159,6 @@ def _warnings(task: Mapping[str, Any], name: str) -> Iterator[str]:
         for row in task[key]["rows"] if len(task[key]["rows"]) > 1 else ():
             if row["difference"] is not None and shown_direction(row["difference"]) < 0:
                 yield f"{name}: {noun} '{row['name']}' got worse, {_in_words(row['difference'])}, n = {row['n']:,}."
-    for other in task["paired"]:
-        if other["model"] == final and other["against"] != task["reference"] and shown_direction(dict(other)) < 0:
-            yield f"{name}: worse than {label(other['against'])}, {_in_words(other)}."
     if task["position"]["models"][final]["flagged"]:
         yield f"{name}: {final} likes a letter whatever stands there (position bias)."
 

@@ -1,13 +1,17 @@
 """The page of an evaluation says what evaluation.json says, loads nothing, and survives hostile names."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from wardround.server.evaluate import percent
+from wardround.server.evaluation_card import evaluation_card
 from wardround.server.evaluation_plots import difference_scale, difference_strip, reliability_diagram
 from wardround.server.evaluation_report import write_evaluation_report
+from wardround.server.review.ratings import Unblinded
+from wardround.server.review.results import summary
 
 from tests.server.evaluation_case import alone, case
 from tests.server.test_report import HOSTILE, Page
@@ -63,6 +67,7 @@ def test_every_task_model_and_finding_is_on_the_page(tmp_path: Path) -> None:
 def test_what_got_worse_is_said_first_and_marked_in_its_table(tmp_path: Path) -> None:
     text, page = written(tmp_path, case())
     assert "age '80+' got worse" in page.text()
+    assert "Worse than gradient boosting in 2 of 2: Masked values of ICU patients (−16.5)" in page.text()
     assert text.index("What speaks against it") < text.index("All tasks")
     assert page.text().count("got worse") >= 2 and 'class="got-worse"' in text
 
@@ -137,6 +142,21 @@ def test_reasoning_review_and_federated_sums_are_shown_where_they_are(tmp_path: 
     assert "icu-mortality · final" in shown and "0.61 (0.55 to 0.67)" in shown and "a, b" in shown
     bare = written(tmp_path, case(provenance={}, reasoning={}))[1].text()
     assert "Audit of the reasoning" not in bare and "Blinded review" not in bare and "From sums" not in bare
+
+
+def test_statistics_of_a_real_review_are_taken_as_they_are(tmp_path: Path) -> None:
+    ratings = [
+        Unblinded(
+            rater, item, item, f"i{item}", "Infection", "", (item + rater) % 4 - 1, (), (False, False), "", 0, None, ""
+        )
+        for rater in (1, 2)
+        for item in range(12)
+    ]
+    people = summary(ratings, draws=50)
+    found = {**REVIEW, "people": people, "judges": people}
+    shown = written(tmp_path, case(review=json.loads(json.dumps(found))))[1].text()
+    assert "Krippendorff's α" in shown and "Programs as judges" in shown and "Infection" in shown
+    assert "raters" in evaluation_card(case(review=found))
 
 
 def test_a_forest_row_ends_in_an_arrow_where_its_interval_goes_on() -> None:
