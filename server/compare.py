@@ -21,6 +21,7 @@ from .evaluation_report import task_facts
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,6 +157,21 @@ def _signed(value: float, area: bool) -> str:
         return points(value)
     text = f"{value:+.3f}".replace("-", "−")
     return "0.000" if text[1:] == "0.000" else text
+
+
+def tables(found: Mapping[str, Any], first: str, second: str) -> list[Table | Text]:
+    """Everything for a terminal: which is A and which is B, the table, and what must be known to read it.
+
+    Args:
+        found: from `compare`.
+        first, second: where A and B came from, in words.
+    """
+    from rich.text import Text
+
+    shown: list[Table | Text] = [Text(f"A: {first}\nB: {second}")]
+    if found["tasks"]:
+        shown.append(table(found))
+    return [*shown, *(Text(sentence) for sentence in notes(found))]
 
 
 def notes(found: Mapping[str, Any], names: Sequence[str] = ("A", "B")) -> list[str]:

@@ -45,7 +45,7 @@ def evaluation_card(evaluation: Mapping[str, Any]) -> str:
         n_tasks=len(tasks),
         sources=_told(evaluation, "registries") or _list(_registries(evaluation)),
         models=_told(evaluation, "models", "base_model", "base_digest"),
-        settings=_told(evaluation, "settings", "seed"),
+        settings=_told(evaluation, "settings", "questions", "samples", "seed"),
         prompts=_told(evaluation, "prompt", "prompts"),
         compute=_told(evaluation, "machine", "hardware", "seconds"),
         code=_told(evaluation, "commit", "versions") or f"- wardround {plain(evaluation['wardround'])}",

@@ -118,12 +118,13 @@ def _main_pair(task: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def _key_figures(tasks: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     models = {model for task in tasks for model in task["models"]}
+    changed = [(sum(len(task["subgroups"][way]) for task in tasks), way) for way in ("worse", "better")]
+    compared = any(_main_pair(task) is not None for task in tasks)
     return [
         (str(len(tasks)), "task" if len(tasks) == 1 else "tasks"),
         (f"{sum(task['n'] for task in tasks):,}", "questions"),
         (str(len(models)), "model" if len(models) == 1 else "models"),
-        (str(sum(len(task["subgroups"]["worse"]) for task in tasks)), "subgroups that got worse"),
-        (str(sum(len(task["subgroups"]["better"]) for task in tasks)), "subgroups that got better"),
+        *((f"{n:,}", f"subgroups that got {way}") for n, way in changed if compared),
     ]
 
 
@@ -219,23 +220,22 @@ def _role(model: str, tasks: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _reasoning(audit: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Flags of each model's reasoning, as counts and shares."""
-    models = {model: counts for model, counts in audit.items() if isinstance(counts, Mapping) and counts.get("n")}
-    if not models:
+    """Flags of each model's reasoning, as counts and shares; by registry where the audit is told so."""
+    counted: list[tuple[str, Mapping[str, Any]]] = []
+    for name, told in audit.items():
+        own = {name: told} if isinstance(told, Mapping) and "n" in told else told
+        for model, counts in own.items() if isinstance(own, Mapping) else ():
+            if isinstance(counts, Mapping) and counts.get("n"):
+                counted.append((model if own is not told else f"{model}, {name}", counts))
+    if not counted:
         return None
-    kinds = list(dict.fromkeys(kind for counts in models.values() for kind in counts if kind != "n"))
-    rows = [
-        (
-            model,
-            counts["n"],
-            [
-                (f"{counts[kind]:,}", percent(counts[kind] / counts["n"])) if kind in counts else ("–", "")
-                for kind in kinds
-            ],
-        )
-        for model, counts in models.items()
-    ]
+    kinds = list(dict.fromkeys(kind for _, counts in counted for kind in counts if kind != "n"))
+    rows = [(name, counts["n"], [_counted(counts, kind) for kind in kinds]) for name, counts in counted]
     return {"kinds": [_FLAGS.get(kind, kind) for kind in kinds], "rows": rows}
+
+
+def _counted(counts: Mapping[str, Any], kind: str) -> tuple[str, str]:
+    return (f"{counts[kind]:,}", percent(counts[kind] / counts["n"])) if kind in counts else ("–", "")
 
 
 def _chosen(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from wardround.common.errors import ConfigError
 from wardround.common.evaluation_file import read_evaluation, write_evaluation
-from wardround.server.compare import compare, notes, same_questions, table, unpaired_interval
+from wardround.server.compare import compare, notes, same_questions, table, tables, unpaired_interval
 
 from tests.server.evaluation_case import case
 
@@ -73,6 +73,14 @@ def test_the_table_fits_a_terminal_and_takes_names_as_text() -> None:
     text = out.getvalue()
     assert "[red]x[/]" in text and "[old]" in text and "Masked values of ICU patients" in text
     assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_the_terminal_is_told_which_is_which_and_how_to_read_it() -> None:
+    out = io.StringIO()
+    for part in tables(compare(case(), other()), "old/[x].json", "new.json"):
+        Console(file=out, width=80).print(part)
+    text = out.getvalue()
+    assert "A: old/[x].json" in text and "B: new.json" in text and "Only in A: icu-mortality." in text
 
 
 def test_nothing_in_common_is_said() -> None:

@@ -96,6 +96,7 @@ def test_a_model_alone_without_probabilities_or_groups_has_a_page(tmp_path: Path
     _, page = written(tmp_path, alone())
     shown = page.text()
     assert "no probabilities are known" in shown and "fewer than two sites" in shown
+    assert "no reference to be worse than" in shown and "got worse" not in shown
     assert "minus final" not in shown and "None" not in shown and "nan" not in shown
 
 
@@ -140,6 +141,8 @@ def test_reasoning_review_and_federated_sums_are_shown_where_they_are(tmp_path: 
     assert "final 12, base 5, about equal 3" in shown and "67.5 %" in shown and "+0.73" in shown
     assert "Krippendorff's alpha: one rater" in shown and "Programs" not in shown
     assert "icu-mortality · final" in shown and "0.61 (0.55 to 0.67)" in shown and "a, b" in shown
+    by_registry = {"smart": {"base": {"invented_value": 3, "any": 3, "n": 12}}, "odd": 3, "none": {"base": {"n": 0}}}
+    assert "base, smart 12 3 25.0 %" in written(tmp_path, case(reasoning=by_registry))[1].text()
     bare = written(tmp_path, case(provenance={}, reasoning={}))[1].text()
     assert "Audit of the reasoning" not in bare and "Blinded review" not in bare and "From sums" not in bare
 
