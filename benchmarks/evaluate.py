@@ -41,7 +41,7 @@ from environment import peak_rss_bytes, record  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from wardround.client.questions import QuestionBuilder  # noqa: E402
-from wardround.common.config import LoraConfig, ModelConfig, RunConfig, load_run  # noqa: E402
+from wardround.common.config import LoraConfig, ModelConfig, RunConfig, Speed, load_run  # noqa: E402
 from wardround.common.counts import count  # noqa: E402
 from wardround.common.lm.merge import merge_adapter  # noqa: E402
 from wardround.common.lm.models import LanguageModel, load  # noqa: E402
@@ -53,8 +53,8 @@ from wardround.simulations import registries  # noqa: E402
 
 QUESTIONS = 200
 BATCHES: dict[str, tuple[int | str, ...]] = {"cpu": (1, 4, 8, 16, 32, "auto"), "cuda": (16, 64, 128, 256, 512, "auto")}
-OURS = {"cpu": (RunConfig.model_fields["speed"].get_default(call_default_factory=True).micro_batch,)}
-OURS["cuda"] = (*OURS["cpu"], 64, 256)
+_DEFAULT = Speed().micro_batch
+OURS = {"cpu": (_DEFAULT,), "cuda": (_DEFAULT, 64, 256)}
 AGAIN = 3  # of the harness's batch sizes, after the first turn
 TARGET = 1.5
 AGREEMENT = {"float32": 1.0, "bfloat16": 0.98}
