@@ -9,7 +9,7 @@ Vectorised over rows: every column writes each of its distinct values once, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import cast
 
 import numpy as np
@@ -37,7 +37,15 @@ class QuestionBuilder:
         VerificationError: the schema was derived over another dictionary.
     """
 
-    def __init__(self, registry: Registry, schema: Schema, template: PromptTemplate, settings: QuestionsConfig) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        schema: Schema,
+        template: PromptTemplate,
+        settings: QuestionsConfig,
+        context: Collection[str] | None = None,
+    ) -> None:
+        """A builder over `registry`; `context`: names of the features that may be shown at all, None: every one."""
         dictionary = registry.dictionary
         schema.verify(dictionary)
         self.registry, self.schema, self.template, self.settings = registry, schema, template, settings
@@ -51,6 +59,8 @@ class QuestionBuilder:
         self._usual: dict[int, str] = {}  # what a question says is usual of its target, as they are first asked
         for t, target in enumerate(self._targets):
             allowed = {feature.name for feature in dictionary.context_of(target)} - set(schema.hidden[target.name])
+            if context is not None:
+                allowed &= set(context)
             for f, feature in enumerate(self._shown):
                 self._visible[t, f] = feature.name in allowed
                 self._information[t, f] = schema.mi[target.name].get(feature.name, 0.0)
@@ -107,6 +117,25 @@ class QuestionBuilder:
             kept.append(part)
             shown.append(show)
         return questions, np.concatenate(kept), np.concatenate(shown)
+
+    def records(self, rows: np.ndarray, context: Collection[str], rng: np.random.Generator) -> list[str]:
+        """The records of rows, nothing asked and nothing masked: at most `features_per_record` features of `context`.
+
+        Args:
+            rows: int (m,) row indices of the registry.
+            context: names of features that may be shown.
+            rng: decides which, where there are more.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        show = np.array([[feature.name in context for feature in self._shown]] * len(rows), dtype=bool)
+        show = show.reshape(len(rows), len(self._shown))
+        for f, feature in enumerate(self._shown):
+            show[:, f] &= self._known(feature, rows)
+        limit = self.settings.features_per_record
+        if limit < len(self._shown):
+            keys = np.where(show, rng.random(show.shape), 2.0)
+            show &= keys <= np.partition(keys, limit - 1, axis=1)[:, limit - 1][:, None]
+        return self._records(rows, np.full(len(rows), -1), show)
 
     def _allowed(self, targets: Sequence[str] | None) -> np.ndarray:
         if targets is None:
@@ -211,7 +240,7 @@ class QuestionBuilder:
     def _records(self, rows: np.ndarray, target: np.ndarray, show: np.ndarray) -> list[str]:
         """The record of every row: headings and lines in dictionary order, joined."""
         parts = np.full((len(self._shown) + self._headings(), len(rows)), "", dtype=object)
-        own = self._own[target]
+        own = self._own[target] if (target >= 0).all() else np.full(len(rows), -2)  # -2: nothing is masked
         for place, member in enumerate(self._parts()):
             if isinstance(member, tuple):  # a section's heading, where anything of it is written
                 heading, columns = member

@@ -21,7 +21,8 @@ from .errors import WardroundError
 ENTRY_POINT_GROUP = "wardround.commands"
 _SHORT_HELP = {
     "client": "One hospital: its registry, dictionary and questions; the final model it gets from a run.",
-    "evaluate": "Score a model folder on a registry's held-out patients.",
+    "ask": "Ask a model one question about one record.",
+    "evaluate": "What a model is worth: all tasks over open registries, or one registry's held-out patients.",
     "server": "The coordinator: public warm-up, rounds, final model, report.",
     "simulate": "Hospitals and coordinator on this one machine.",
 }

@@ -211,7 +211,7 @@ class _Writer:
     def _fill(self, kind: str, **slots: str) -> str:
         sentence = self._pick(kind).format(**slots)
         first = next((place for place, sign in enumerate(sentence) if sign.isalnum()), 0)
-        return sentence if sentence.startswith("\\") or first > 2 else _capital(sentence, first)
+        return sentence if "\\" in sentence[:first] or first > 2 else _capital(sentence, first)
 
     def _state(self, name: str, value: str) -> str:
         feature = self.record.features[name]

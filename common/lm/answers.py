@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ..question import LETTERS, PromptTemplate, Question, prefill
 from .generation import Answering, Completion, rollout
@@ -127,3 +128,83 @@ def _greedy(
         if on_done is not None:
             on_done(len(batch))
     return result
+
+
+def sampled_answers(
+    lm: LanguageModel,
+    questions: Sequence[Question],
+    template: PromptTemplate,
+    *,
+    reasoning_tokens: int,
+    samples: int,
+    seed: int,
+    micro_batch: int,
+    on_done: Callable[[int], None] | None = None,
+) -> tuple[Outcomes, npt.NDArray[np.float64]]:
+    """The option that most of `samples` texts chose, at temperature 1, and the share of texts that chose each option.
+
+    Args:
+        lm, questions, template, micro_batch, on_done: as `answer_questions`.
+        reasoning_tokens: most tokens of a text, 1 or more.
+        samples: texts a question, 2 or more.
+        seed: of the draws; what one question draws does not depend on the others.
+
+    Returns:
+        Outcomes, where a tie goes to the earlier letter, `boxed` says that most texts had a box of their own and
+        `length` is their mean; and float64 (n, most options), 0 past a question's own; a text without an option counts
+        for none.
+    """
+    n, widest = len(questions), max((len(question.options) for question in questions), default=2)
+    votes, boxed, length = np.zeros((n, widest)), np.zeros(n), np.zeros(n)
+    answering = Answering(lm, template)
+    prompts = encode_texts(lm, [render(lm, template, question, reasoning=True) for question in questions])
+    for batch in batches_by_length([len(ids) for ids in prompts], max(1, micro_batch // samples)):
+        drawn = [np.random.default_rng([seed, index]).random((samples, reasoning_tokens + 1)) for index in batch]
+        completions = rollout(
+            lm,
+            answering,
+            [prompts[index] for index in batch],
+            [len(questions[index].options) for index in batch],
+            group_size=samples,
+            max_tokens=reasoning_tokens,
+            uniform=torch.from_numpy(np.concatenate(drawn)),
+        )
+        for place, completion in enumerate(completions):
+            index = batch[place // samples]
+            if completion.answer is not None:
+                votes[index, completion.answer] += 1
+            boxed[index] += completion.boxed
+            length[index] += completion.generated
+        if on_done is not None:
+            on_done(len(batch))
+    chosen = np.where(votes.any(axis=1), votes.argmax(axis=1), -1).astype(np.int16)
+    truth = np.array([question.answer for question in questions], np.int16)
+    outcomes = Outcomes(chosen == truth, chosen, 2 * boxed > samples, np.rint(length / samples).astype(np.int32))
+    return outcomes, votes / samples
+
+
+@torch.inference_mode()
+def free_texts(lm: LanguageModel, messages: Sequence[list[dict[str, str]]], n_tokens: int) -> list[str]:
+    """Greedy answers in free text, nothing forced: open tasks, which experts judge.
+
+    Args:
+        lm: the model.
+        messages: chats that end with the user's turn.
+        n_tokens: most tokens of an answer.
+    """
+    if not messages:
+        return []
+    opened = [
+        str(lm.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)) for chat in messages
+    ]
+    # Padded on the left, as `models.load` sets it, so that all answers begin at the same place.
+    batch = lm.tokenizer(opened, add_special_tokens=False, padding=True, return_tensors="pt").to(lm.device)
+    made = lm.model.generate(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        max_new_tokens=n_tokens,
+        do_sample=False,
+        pad_token_id=lm.tokenizer.pad_token_id,
+    )
+    own = made[:, batch["input_ids"].shape[1] :]
+    return [lm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in own]

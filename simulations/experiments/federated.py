@@ -9,8 +9,8 @@ Run on one machine over an open registry, by `wardround simulate experiment fede
     local         each hospital alone, with its share of the questions: its own schema, no exchange; mean over hospitals
 
 Beside them, without training here: the base and the warmed-up model, the majority option, and gradient boosting on the
-same masked inputs (ceiling.py). A seed decides the split of patients, the partition, and all draws, so arms of one seed
-share their test patients and their questions; comparisons are paired.
+same masked inputs (client/tabular.py). A seed decides the split of patients, the partition, and all draws, so arms of
+one seed share their test patients and their questions; comparisons are paired.
 
 OUT/outcomes/ gets one file an arm and seed as soon as it is scored, so an interrupted experiment goes on where it was.
 Settings are searched with the exam put to validation patients (`split`); test patients are for the settings chosen.
@@ -34,6 +34,7 @@ import numpy as np
 
 from ...client.questions import QuestionBuilder
 from ...client.registry import Registry, split_rows, write_registry
+from ...client.tabular import tabular_probabilities
 from ...common.config import RunConfig
 from ...common.counts import count
 from ...common.dictionary import dump_dictionary
@@ -46,7 +47,6 @@ from ...server.tracking import Progress
 from ..federation import divide, load_registry, simulate, split_key
 from ..partition import site_names
 from . import figure
-from .ceiling import gradient_boosting_answers
 
 ARMS = ("federated", "skewed", "centralised", "local")
 REFERENCES = ("base", "warmup", "majority", "ceiling")  # what needs no training in this experiment
@@ -325,9 +325,9 @@ def _reference(name: str, config: RunConfig, exam: Exam, say: Say) -> list[float
         return [float(question.majority == question.answer) for question in exam.questions]
     say(f"{name}, seed {config.seed}")
     if name == "ceiling":
-        chosen = gradient_boosting_answers(
-            exam.builder, exam.train_rows, exam.questions, exam.rows, exam.shown, config.seed
-        )
+        chosen = tabular_probabilities(
+            "gradient boosting", exam.builder, exam.train_rows, exam.questions, exam.rows, exam.shown, config.seed
+        ).argmax(axis=1)
         return [float(question.answer == choice) for question, choice in zip(exam.questions, chosen, strict=True)]
     return _answers(config, exam, None, base=name == "base").tolist()
 

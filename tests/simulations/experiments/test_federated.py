@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from wardround.client.questions import QuestionBuilder
+from wardround.client.tabular import tabular_probabilities
 from wardround.common.config import QuestionsConfig, RunConfig
 from wardround.common.errors import ConfigError, RunFolderError
 from wardround.simulations.experiments import federated, figure
-from wardround.simulations.experiments.ceiling import gradient_boosting_answers
 
 pytestmark = pytest.mark.usefixtures("cheap_scrypt")
 
@@ -65,11 +65,11 @@ def test_hospitals_together_add_up_under_masks_and_one_alone_has_nobody_to_add_t
 def test_the_experiment_pairs_all_arms_and_goes_on_where_it_stopped(
     tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def majority(builder, train_rows, questions, rows, shown, seed) -> np.ndarray:
+    def majority(method, builder, train_rows, questions, rows, shown, seed) -> np.ndarray:
         """In place of gradient boosting, half a minute a seed, which has a test of its own below."""
-        return np.array([question.majority for question in questions])
+        return np.eye(10)[[question.majority for question in questions]]
 
-    monkeypatch.setattr(federated, "gradient_boosting_answers", majority)
+    monkeypatch.setattr(federated, "tabular_probabilities", majority)
     settings, said = config(tiny_model_path), []
     result = federated.run(settings, tmp_path, seeds=[1, 2], say=said.append)
     assert set(result["arms"]) == {*federated.ARMS, "base", "warmup", "majority", "ceiling"}
@@ -158,16 +158,15 @@ def test_gradient_boosting_beats_the_majority_option_on_the_same_masked_inputs(t
     targets = ("lactate", "heart_rate", "mean_pressure", "creatinine")
     mine = [i for i, question in enumerate(exam.questions) if question.target in targets]
     questions = [exam.questions[i] for i in mine]
-    chosen = gradient_boosting_answers(
-        exam.builder, exam.train_rows, questions, exam.rows[mine], exam.shown[mine], seed=0
-    )
     truth = np.array([question.answer for question in questions])
     majority = np.array([question.majority for question in questions])
-    assert (chosen == truth).mean() > (majority == truth).mean()
-    hidden = gradient_boosting_answers(
-        exam.builder, exam.train_rows, questions, exam.rows[mine], np.zeros_like(exam.shown[mine]), seed=0
-    )
-    assert (hidden == truth).mean() < (chosen == truth).mean()  # it sees what the record shows, and no more
+    for method in ("gradient boosting", "logistic regression"):
+        asked = exam.builder, exam.train_rows, questions, exam.rows[mine]
+        found = tabular_probabilities(method, *asked, exam.shown[mine], seed=0)
+        assert found.sum(axis=1) == pytest.approx(1)
+        assert (found.argmax(axis=1) == truth).mean() > (majority == truth).mean()
+        hidden = tabular_probabilities(method, *asked, np.zeros_like(exam.shown[mine]), seed=0).argmax(axis=1)
+        assert (hidden == truth).mean() < (found.argmax(axis=1) == truth).mean()  # it sees what the record shows only
 
 
 def test_the_exam_is_the_same_for_the_same_seed(tiny_model_path: Path, exam: federated.Exam) -> None:

@@ -1,28 +1,32 @@
-"""What a good tabular model answers on the very same questions: gradient boosting on the same masked inputs.
+"""What a good tabular model answers on the very same questions, from the same masked inputs.
 
-Run on one machine, over open registries. One model a target, from all training patients together; what a question's
-record does not show is missing for the model too. It is no bound of what can be known, but a strong usual answer; a
-language model of 135 million parameters that reads one record at a time has it as its ceiling here.
+Run at a hospital on its own patients, or on one machine over open registries. One model a target, from training
+patients; what a question's record does not show is missing for the model too. Gradient boosting is no bound of what can
+be known, but a strong usual answer, which a language model that reads one record at a time has as its ceiling here;
+logistic regression is the plain one that reviewers ask for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
-from ...client.questions import QuestionBuilder
-from ...client.registry import Registry
-from ...common.dictionary import Feature
-from ...common.question import Question
-from ...common.schema import Schema
+from ..common.dictionary import Feature
+from ..common.question import Question
+from ..common.schema import Schema
+from .questions import QuestionBuilder
+from .registry import Registry
 
+Method = Literal["gradient boosting", "logistic regression"]
 PARTS = 16  # a number is predicted as one of this many parts of equal mass
 COPIES = 2  # questions asked of each training patient about each target
 SETTINGS = {"max_iter": 60, "learning_rate": 0.1, "max_leaf_nodes": 12, "min_samples_leaf": 20, "early_stopping": False}
 
 
-def gradient_boosting_answers(
+def tabular_probabilities(
+    method: Method,
     builder: QuestionBuilder,
     train_rows: np.ndarray,
     questions: Sequence[Question],
@@ -31,21 +35,20 @@ def gradient_boosting_answers(
     seed: int,
     on_done: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """The option that gradient boosting chooses on each question: int64 (n,).
+    """The probability of every option of every question: float64 (n, most options), 0 past a question's own.
 
     Args:
+        method: which model.
         builder: made the questions; asks the training patients in the same way.
         train_rows: rows of training patients.
         questions, rows, shown: of `QuestionBuilder.build_with_records` over held-out patients.
         seed: of the training questions and the models.
         on_done: called with (targets done, targets).
     """
-    from sklearn.ensemble import HistGradientBoostingClassifier
-
     registry, schema = builder.registry, builder.schema
     table = _matrix(registry, builder.features)
     names = sorted({question.target for question in questions})
-    chosen = np.zeros(len(questions), dtype=np.int64)
+    found = np.zeros((len(questions), max((len(question.options) for question in questions), default=0)))
     rng = np.random.default_rng([seed, 0xCE11])
     for done, name in enumerate(names, start=1):
         feature = registry.dictionary.feature(name)
@@ -53,12 +56,13 @@ def gradient_boosting_answers(
         mine = [index for index, question in enumerate(questions) if question.target == name]
         edges, truth = _classes(feature, registry, asked_rows)
         if not asked or len(np.unique(truth)) < 2:
-            chosen[mine] = [questions[index].majority for index in mine]
+            for index in mine:  # nothing to learn from: the most frequent option, and no doubt about it
+                found[index, questions[index].majority] = 1.0
             continue
         inputs = np.where(asked_shown, table[asked_rows], np.nan)
         unseen = np.isnan(inputs).all(axis=0)
         inputs[:, unseen] = 0.0  # a column without a value cannot be binned
-        model = HistGradientBoostingClassifier(**SETTINGS, random_state=seed).fit(inputs, truth)
+        model = _model(method, seed).fit(inputs, truth)
         held_out = np.where(shown[mine], table[rows[mine]], np.nan)
         held_out[:, unseen] = 0.0
         n_classes = len(feature.levels) if feature.kind == "category" else len(edges) + 1
@@ -67,10 +71,26 @@ def gradient_boosting_answers(
         prior = np.bincount(truth, minlength=n_classes) / len(truth)
         for row, index in enumerate(mine):
             scores = _option_scores(questions[index], feature, schema, edges, probabilities[row], prior)
-            chosen[index] = int(np.argmax(scores))
+            total, n = scores.sum(), len(scores)
+            found[index, :n] = scores / total if total > 0 else 1 / n
         if on_done is not None:
             on_done(done, len(names))
-    return chosen
+    return found
+
+
+def _model(method: Method, seed: int) -> Any:
+    """An unfitted classifier that takes missing values."""
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.impute import SimpleImputer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    if method == "gradient boosting":
+        return HistGradientBoostingClassifier(**SETTINGS, random_state=seed)
+    # Means for what is missing, and a column that says so: the usual way, as in published risk models.
+    impute = SimpleImputer(add_indicator=True, keep_empty_features=True)
+    return make_pipeline(impute, StandardScaler(), LogisticRegression(max_iter=300, random_state=seed))
 
 
 def _matrix(registry: Registry, names: Sequence[str]) -> np.ndarray:
