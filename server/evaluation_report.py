@@ -47,7 +47,8 @@ def write_evaluation_report(
     Args:
         out: report.html.
         evaluation: content of evaluation.json, as `common.evaluation_file.evaluation` or `read_evaluation` gives it.
-        contrasts: task → `common.contrast.rows` of its questions gained and lost; open registries only.
+        contrasts: what was asked (a registry or task) → `common.contrast.rows` of questions gained and lost; open
+            registries only.
     """
     tasks = evaluation["tasks"]
     page = environment().get_template("evaluation.html.j2")
@@ -63,6 +64,7 @@ def write_evaluation_report(
         letters=LETTERS,
         reasoning=_reasoning(evaluation["reasoning"]),
         contrasts={name: _chosen(rows) for name, rows in (contrasts or {}).items() if rows},
+        pair_names=(tasks[0]["reference"], tasks[0]["final"]) if tasks else ("base", "final"),
         flag_names=_FLAGS,
         review=_review(evaluation["review"]),
         federated=facts(evaluation["federated"]),

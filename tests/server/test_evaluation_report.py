@@ -127,9 +127,10 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
         }
         for change in ("gained", "lost")
     ]
-    text, page = written(tmp_path, evaluation, contrasts={"icu-denoising": rows})
+    text, page = written(tmp_path, evaluation, contrasts={HOSTILE: rows})
     assert page.named("script") == [] and page.named("img") == []
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert "right after, wrong before" in page.text() and "wrong after, right before" in page.text()
     assert "{{ 7*7 }}" in page.text() and "<script" not in text
 
 
