@@ -81,12 +81,23 @@ def plain(text: str) -> str:
 
 _PLAIN = {ord(sign): " " for sign in "*`#$\u00a0"} | {ord("’"): "'", ord("—"): "–"}
 _SENTENCE = re.compile(r"(?<=[.!?;])(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.)\s+|\n+")
+LONGEST = 600  # characters that are read as one sentence: what a model that has got stuck writes has no end
 _LETTER_END = re.compile(r"\b[A-J]\.$")
 _ENUMERATED = re.compile(r"\W*(?:[A-Z]|\d{1,2})\.")
 
 
 def sentences(text: str) -> Iterator[tuple[int, int]]:
-    """(start, end) of the text's sentences; a line, and a part up to ";", is one as well."""
+    """(start, end) of the text's sentences; a line, a part up to ";", and `LONGEST` characters, are one as well."""
+    for start, end in _whole_sentences(text):
+        while end - start > LONGEST:
+            cut = text.rfind(" ", start + 1, start + LONGEST)
+            cut = cut if cut > 0 else start + LONGEST
+            yield start, cut
+            start = cut
+        yield start, end
+
+
+def _whole_sentences(text: str) -> Iterator[tuple[int, int]]:
     start = 0
     for cut in _SENTENCE.finditer(text):
         if "\n" not in cut[0]:
@@ -113,16 +124,17 @@ def find_mentions(text: str, features: Mapping[str, Feature]) -> list[Mention]:
         found += [Mention(match.start(), match.end(), names, level) for match in pattern.finditer(text)]
     # The more specific of two names of one length: one that means fewer features, and a label before a level.
     found.sort(key=lambda mention: (mention.start - mention.end, not mention.features, len(mention.features)))
-    taken, kept = bytearray(len(text)), list[Mention]()
+    taken, kept = bytearray(len(text)), dict[tuple[int, int], Mention]()
     for mention in found:
+        place = (mention.start, mention.end)
+        other = kept.get(place)
         if not any(taken[mention.start : mention.end]):
             taken[mention.start : mention.end] = b"\1" * (mention.end - mention.start)
-            kept.append(mention)
-        else:  # the same words name a label and a level ("congestive heart failure")
-            for index, other in enumerate(kept):
-                if (other.start, other.end) == (mention.start, mention.end) and other.level is None and mention.level:
-                    kept[index] = Mention(other.start, other.end, other.features + mention.features, mention.level)
-    return sorted(kept, key=lambda mention: mention.start)
+            kept[place] = mention
+        elif other is not None and other.level is None and mention.level is not None:
+            # the same words name a label and a level: "congestive heart failure"
+            kept[place] = Mention(*place, other.features + mention.features, mention.level)
+    return sorted(kept.values(), key=lambda mention: mention.start)
 
 
 def core(feature: Feature) -> str:
