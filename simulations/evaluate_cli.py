@@ -131,9 +131,9 @@ def _compare(first: Path, second: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(result, indent=2, ensure_ascii=False))
     else:
-        names = (str(first), str(second))
-        _console().print(compare.table(result, names))
-        for note in compare.notes(result, names):
+        click.echo(f"A: {first}\nB: {second}")
+        _console().print(compare.table(result))
+        for note in compare.notes(result):
             click.echo(note)
 
 
@@ -188,8 +188,8 @@ def _suite(
             advance(done, note)
 
         on_step("reading registries", 0)
-        result = step.run(prepared, out, on_step)
-    _write_reports(result, out)
+        result, contrasts = step.run(prepared, out, on_step)
+    _write_reports(result, contrasts, out)
     if as_json:
         click.echo(json.dumps(result, indent=2, ensure_ascii=False))
         return
@@ -198,12 +198,12 @@ def _suite(
     click.echo("   ".join(str(out / name) for name in made if (out / name).exists()))
 
 
-def _write_reports(result: Mapping[str, Any], out: Path) -> None:
+def _write_reports(result: Mapping[str, Any], contrasts: Mapping[str, Any], out: Path) -> None:
     from ..common.files import write_atomic
     from ..server.evaluation_card import evaluation_card
     from ..server.evaluation_report import write_evaluation_report
 
-    write_evaluation_report(out / "report.html", result)
+    write_evaluation_report(out / "report.html", result, contrasts=contrasts)
     write_atomic(out / "card.md", evaluation_card(result).encode(), mode=0o644)
 
 

@@ -25,8 +25,9 @@ from ..client.questions import QuestionBuilder
 from ..client.registry import Registry
 from ..client.tabular import Method, tabular_probabilities
 from ..common.config import ModelConfig, RunConfig
-from ..common.contrast import Spoken, export, flag_all, flag_counts, side_by_side
+from ..common.contrast import Spoken, export, flag_all, flag_counts, rows, side_by_side
 from ..common.counts import count
+from ..common.dictionary import load_dictionary
 from ..common.errors import ConfigError, ModelError
 from ..common.evaluation_file import evaluation, write_evaluation
 from ..common.files import write_atomic
@@ -124,13 +125,14 @@ def prepare(request: Request, out: Path) -> Suite:
         raise ConfigError("no task to evaluate")
     if request.samples > 1 and request.config.questions.reasoning_tokens == 0:
         raise ConfigError("--samples: expected questions.reasoning_tokens above 0: letters alone are not sampled")
+    for task in request.tasks:  # before anything is built
+        task.check(load_dictionary(registries.dictionary_path(task.registry)))
     template, wards = load_prompt(request.config.model.prompt), {}
     for name in dict.fromkeys(task.registry for task in request.tasks):
         wards[name] = _ward(name, request, out)
     exams: list[Exam] = []
     for task in request.tasks:
         ward = wards[task.registry]
-        task.check(ward.registry.dictionary)
         if task.kind == "open":
             continue
         rng = derive_rng(request.seed, f"suite {task.name}")
@@ -152,8 +154,12 @@ def _ward(name: str, request: Request, out: Path) -> Ward:
     return Ward(registry, site.splits, split_key, schema)
 
 
-def run(suite: Suite, out: Path, step: Step) -> dict[str, Any]:
-    """Answers, scores and writes everything; returns the content of evaluation.json.
+def run(suite: Suite, out: Path, step: Step) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Answers, scores and writes everything.
+
+    Returns:
+        The content of evaluation.json; and by registry the questions that only one of base and final had right, as
+        `common.contrast.rows` tells them, for the report.
 
     Raises:
         ModelError: a model cannot be used with this prompt.
@@ -187,10 +193,11 @@ def run(suite: Suite, out: Path, step: Step) -> dict[str, Any]:
                 seed=derive_seed(request.seed, f"bootstrap {exam.task.name}") % 2**32,
             )
         )
-    content = evaluation(tasks, provenance=_provenance(suite, facts), reasoning=_audit(suite, voices, out))
+    counts, contrasts = _audit(suite, voices, out)
+    content = evaluation(tasks, provenance=_provenance(suite, facts), reasoning=counts)
     _write_review(suite, voices, out)
     write_evaluation(out / "evaluation.json", content)
-    return content
+    return content, contrasts
 
 
 def _ask(
@@ -315,9 +322,10 @@ def _spoken_exams(suite: Suite) -> dict[str, Exam]:
     return found
 
 
-def _audit(suite: Suite, voices: Voices, out: Path) -> dict[str, Any]:
-    """Counts of flags by registry and model; the differing questions go to reasoning.jsonl."""
+def _audit(suite: Suite, voices: Voices, out: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Counts of flags by registry and model, and the differing questions, which also go to reasoning.jsonl."""
     counts: dict[str, Any] = {}
+    contrasts: dict[str, list[dict[str, Any]]] = {}
     lines: list[str] = []
     for registry, spoken in voices.spoken.items():
         exam, dictionary = _spoken_exams(suite)[registry], suite.wards[registry].registry.dictionary
@@ -328,26 +336,27 @@ def _audit(suite: Suite, voices: Voices, out: Path) -> dict[str, Any]:
         }
         if BASE in spoken:
             pairs = side_by_side(questions, suite.template, dictionary, spoken[BASE], spoken[FINAL])
+            contrasts[registry] = rows(pairs)
             part = out / "answers" / f"reasoning-{registry}.jsonl"
             part.parent.mkdir(parents=True, exist_ok=True)
             export(part, pairs, dictionary)
             lines.append(part.read_text(encoding="utf-8"))
     if lines:
         write_atomic(out / "reasoning.jsonl", "".join(lines).encode(), mode=0o600)
-    return counts
+    return counts, contrasts
 
 
 def _open_records(suite: Suite, task: Task) -> tuple[list[str], list[int]]:
     """Records of some test patients of an open task, as text, and their rows."""
     ward, request = suite.wards[task.registry], suite.request
     registry, rng = ward.registry, derive_rng(request.seed, f"suite {task.name}")
-    rows = rng.permutation(ward.splits["test"])
+    asked = rng.permutation(ward.splits["test"])
     for name, label in task.only.items():
         level = list(registry.dictionary.feature(name).levels.values()).index(label)
-        rows = rows[registry.values[name][rows] == level]
-    rows = rows[: request.open_questions]
+        asked = asked[registry.values[name][asked] == level]
+    asked = asked[: request.open_questions]
     builder = QuestionBuilder(registry, ward.schema, suite.template, request.config.questions)
-    return builder.records(rows, task.shown(registry.dictionary), rng), rows.tolist()
+    return builder.records(asked, task.shown(registry.dictionary), rng), asked.tolist()
 
 
 def _consultation(task: Task, record: str) -> list[dict[str, str]]:
