@@ -62,6 +62,7 @@ def evaluate(
     tasks: str,
     base: str | None,
     beside: tuple[str, ...],
+    files: tuple[str, ...],
     spoken: int,
     samples: int,
     no_tabular: bool,
@@ -94,13 +95,16 @@ def evaluate(
         raise ConfigError(f"TABLE {table}: expected its DICTIONARY after it")
     settings = _settings(model, config, overrides)
     if table is not None and dictionary is not None:
-        _refuse({"--tasks": tasks, "--base": base, "--beside": beside}, "belongs to the suite, without TABLE")
+        _refuse(
+            {"--tasks": tasks, "--base": base, "--beside": beside, "--table": files},
+            "belongs to the suite, without TABLE",
+        )
         _score(model, table, dictionary, out, number or 500, schema, adapter, settings, site, seed, as_json)
         return
     _refuse({"--schema": schema, "--adapter": adapter, "--site": site}, "belongs to a TABLE")
     _suite(
-        model, out, number or 150, [name.strip() for name in tasks.split(",") if name.strip()], base, beside, spoken,
-        samples, not no_tabular, settings, seed, as_json,
+        model, out, number or 150, [name.strip() for name in tasks.split(",") if name.strip()], base,
+        _named("--beside", beside), _named("--table", files), spoken, samples, not no_tabular, settings, seed, as_json,
     )  # fmt: skip
 
 
@@ -110,6 +114,21 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
     given = [name for name, value in options.items() if value]
     if given:
         raise ConfigError(f"{given[0]} {why}")
+
+
+def _named(option: str, texts: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE pairs of a repeatable option."""
+    from ..common.errors import ConfigError
+
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise ConfigError(f"{option}: expected NAME=…, got '{text}'")
+        if name in found:
+            raise ConfigError(f"{option}: '{name}' is given twice")
+        found[name] = value
+    return found
 
 
 def _settings(model: str, config: Path | None, overrides: Sequence[str]) -> RunConfig:
@@ -143,7 +162,8 @@ def _suite(
     number: int,
     names: Sequence[str],
     base: str | None,
-    beside: Sequence[str],
+    beside: Mapping[str, str],
+    files: Mapping[str, str],
     spoken: int,
     samples: int,
     tabular: bool,
@@ -162,20 +182,13 @@ def _suite(
         raise ConfigError(f"--out {out}: expected a folder, got a file")
     out.mkdir(parents=True, exist_ok=True)
     check_writable(out)
-    others: dict[str, str] = {}
-    for text in beside:
-        name, equals, other = text.partition("=")
-        if not (name and equals and other):
-            raise ConfigError(f"--beside: expected NAME=MODEL, got '{text}'")
-        if name in others:
-            raise ConfigError(f"--beside: '{name}' is given twice")
-        others[name] = other
     limit_threads(settings.speed.threads)  # before torch is imported
     from . import suite as step
 
     asked = step.Request(
-        model=model, base=base or step.base_of(model), beside=others,
-        tasks=load_tasks(names, registries.NAMES), config=settings, n_questions=number, spoken=spoken,
+        model=model, base=base or step.base_of(model), beside=beside,
+        tables={name: Path(file) for name, file in files.items()},
+        tasks=load_tasks(names, (*registries.NAMES, *files)), config=settings, n_questions=number, spoken=spoken,
         samples=samples, tabular=tabular, seed=seed,
     )  # fmt: skip
     prepared = step.prepare(asked, out)

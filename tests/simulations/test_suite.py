@@ -97,8 +97,10 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_figures(
     [
         ([], "expected MODEL and --out"),
         (["m", "--out", "o", "--beside", "final=m"], "name of another row"),
-        (["m", "--out", "o", "--beside", "central"], "expected NAME=MODEL"),
+        (["m", "--out", "o", "--beside", "central"], "expected NAME=…"),
         (["m", "--out", "o", "--tasks", "nothing"], "no such task"),
+        (["m", "--out", "o", "--tasks", "ist-death14"], "--table ist_stroke=FILE"),
+        (["m", "--out", "o", "--tasks", "ist-death14", "--table", "ist_stroke=none.csv"], "cannot be read"),
         (["m", "--out", "o", "--samples", "5"], "reasoning_tokens above 0"),
         (["m", "--out", "o", "--site", "s.toml"], "belongs to a TABLE"),
         (["m", "t.csv", "d.toml", "--out", "o", "--tasks", "smart-mace"], "belongs to the suite"),
