@@ -38,6 +38,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--tasks", default="", metavar="NAME,…", help="Suite: these only; names or .toml files. Default: all.")
 @click.option("--base", default=None, help="Suite: what MODEL is compared with. Default: as its provenance says.")
 @click.option("--beside", multiple=True, metavar="NAME=MODEL", help="Suite: another model in the table; repeatable.")
+@click.option("--table", "files", multiple=True, metavar="NAME=FILE", help="Suite: file of registry ist_stroke.")
 @click.option(
     "--spoken", type=click.IntRange(0), default=12, show_default=True, help="Suite: questions also put in words."
 )

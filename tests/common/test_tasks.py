@@ -111,7 +111,7 @@ def test_patients_are_divided_by_levels_by_cut_points_and_by_how_much_they_have(
 
 
 def test_an_unknown_task_names_those_that_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="shipped are smart-denoising"):
+    with pytest.raises(ConfigError, match="shipped are ist-death14"):
         load_task("nothing")
     (tmp_path / "own.toml").write_text('name = "own"\ntitle = "O"\nregistry = "small"\nkind = "denoising"\nspeed = 3\n')
     with pytest.raises(ConfigError, match="speed"):
