@@ -86,7 +86,7 @@ def open_site(request: Request) -> tuple[Site, str]:
     table = str(request.table.resolve())
     dictionary = str(request.dictionary.resolve() if request.dictionary.is_file() else request.dictionary)
     if request.site is None:
-        key = _key_of_the_run(request, load_dictionary(request.dictionary))
+        key = key_of_the_run(request, load_dictionary(request.dictionary))
         config = SiteConfig(name="evaluate", table=table, dictionary=dictionary, split_key=key or PUBLIC_SPLIT_KEY)
         return Site(Path(), config), "run" if key else "public"
     config = load_site(request.site).model_copy(update={"table": table, "dictionary": dictionary})
@@ -100,7 +100,7 @@ def open_site(request: Request) -> tuple[Site, str]:
     return site, "site"
 
 
-def _key_of_the_run(request: Request, dictionary: Dictionary) -> str | None:
+def key_of_the_run(request: Request, dictionary: Dictionary) -> str | None:
     """The key of the simulated run that trained model or adapter on this dictionary's registry; None: none did."""
     keys: set[str] = set()
     for folder in (Path(request.config.model.id), request.adapter):

@@ -148,14 +148,36 @@ def prepare(request: Request, out: Path) -> Suite:
 
 def _ward(name: str, request: Request, out: Path) -> Ward:
     table, dictionary = registries.write(name, out / "registries" / name, request.tables.get(name))
-    config = score.model_config(request.config, request.model)
-    site, split_key = score.open_site(score.Request(table=table, dictionary=dictionary, config=config))
+    asked = score.Request(table=table, dictionary=dictionary, config=_divided_by(name, dictionary, table, request))
+    site, split_key = score.open_site(asked)
     registry = site.registry
     if not registry.dictionary.public:
         raise ConfigError(f"registry '{name}' is not open: its hospital scores it, `wardround evaluate MODEL TABLE …`")
     train = registry.take(site.splits["train"])
     schema = derive_schema(count(train.values, registry.dictionary), registry.dictionary, request.config.questions)
     return Ward(registry, site.splits, split_key, schema)
+
+
+def _divided_by(name: str, dictionary: Path, table: Path, request: Request) -> RunConfig:
+    """The config of the model whose run divided this registry's patients, so that nobody's training patients are asked.
+
+    Raises:
+        ConfigError: two models were trained on two divisions of it.
+    """
+    described = load_dictionary(dictionary)
+    trained: dict[str, RunConfig] = {}
+    for model in (request.model, *([request.base] if request.base else []), *request.beside.values()):
+        config = score.model_config(request.config, model)
+        key = score.key_of_the_run(score.Request(table=table, dictionary=dictionary, config=config), described)
+        if key is not None:
+            trained.setdefault(key, config)
+    if len(trained) > 1:
+        first, second, *_ = (config.model.id for config in trained.values())
+        raise ConfigError(
+            f"'{first}' and '{second}' were trained on registry '{name}' with its patients divided in two ways: some "
+            "test patients of the one are training patients of the other; compare models of runs with one seed"
+        )
+    return next(iter(trained.values()), score.model_config(request.config, request.model))
 
 
 def run(suite: Suite, out: Path, step: Step) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:

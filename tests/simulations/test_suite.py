@@ -1,12 +1,15 @@
 """simulations/suite.py and `wardround evaluate`: the whole suite with a tiny model over a real small registry."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from wardround.common.cli import main
+from wardround.common.dictionary import load_dictionary
 from wardround.common.evaluation_file import read_evaluation
 from wardround.server.review.items import read_study
+from wardround.simulations import registries
 
 N = 100
 ARGS = ["-n", str(N), "--spoken", "2", "--set", "evaluation.bootstrap_samples=200", "--set", "model.device='cpu'"]
@@ -140,3 +143,24 @@ def test_majority_of_samples_is_the_answer_and_votes_are_its_probabilities(
     assert list(task["models"]) == ["final"]
     assert task["models"]["final"]["brier"] is not None
     assert task["models"]["final"]["mean_length"]["value"] > 0
+
+
+def test_models_of_two_divisions_of_a_registry_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model_path: Path
+) -> None:
+    """One's test patients would be the other's training patients; one division is used, and said."""
+    digest = load_dictionary(registries.dictionary_path("copenhagen_stroke")).digest()
+    models = []
+    for name, key in (("a", "0a" * 32), ("b", "0b" * 32), ("c", "0a" * 32)):
+        shutil.copytree(tiny_model_path, tmp_path / name)
+        facts = {"dictionary_digest": digest, "split_key": key, "base_model": str(tiny_model_path)}
+        (tmp_path / name / "provenance.json").write_text(json.dumps(facts))
+        models.append(tmp_path / name)
+    a, b, c = models
+    args = [*ARGS, "--config", "demo", "--tasks", "stroke-mortality", "--spoken", 0, "--no-tabular", "--json"]
+    code, _, err = run(capsys, "evaluate", a, "--out", tmp_path / "o", *args, "--beside", f"central={b}")
+    assert code == 2
+    assert "divided in two ways" in err
+    code, out, _ = run(capsys, "evaluate", a, "--out", tmp_path / "o", *args, "--beside", f"central={c}")
+    assert code == 0
+    assert json.loads(out)["provenance"]["registries"]["copenhagen_stroke"]["split_key"] == "run"
