@@ -22,7 +22,7 @@ _PATH = click.Path(path_type=Path)
 
 @click.command(
     context_settings=_SETTINGS,
-    epilog="Examples: wardround evaluate runs/demo/model --out runs/demo/evaluation   ·   wardround evaluate "
+    epilog="Example: wardround evaluate runs/demo/model --out runs/demo/evaluation   ·   wardround evaluate "
     "runs/demo/model --out e --tasks support-mortality,smart-mace -n 500 --beside central=runs/central/model   ·   "
     "wardround evaluate --compare e1/evaluation.json e2/evaluation.json   ·   one registry: wardround evaluate "
     "runs/demo/model table.parquet support_icu --out score.json   ·   a hospital that took part: wardround evaluate "
