@@ -187,31 +187,31 @@ class _Reader:
         )
 
     def _level_right(self, mention: Mention, start: int, stop: int, end: int) -> Claim | None:
+        """The claim of a name with a level after it, or with what says that it is there or not."""
         if mention.level is not None:
             return None
-        stop = min(stop, mention.end + GAP) if stop == end or stop > mention.end + 1 else stop
-        after = self.text[mention.end : min(end, mention.end + GAP)]
-        if UNKNOWN.search(after):
+        after, limit = self.text[mention.end : end], min(stop - mention.end, GAP)
+        if UNKNOWN.search(after[:GAP]):
             return None
         for name in mention.features:
-            feature = self.features[name]
-            for level in sorted(feature.levels.values(), key=len, reverse=True):
-                word = level.lower()
-                if word in ("no", "yes"):
+            for level in sorted(self.features[name].levels.values(), key=len, reverse=True):
+                if level.lower() in ("no", "yes"):
                     continue  # below, with other words that say so
-                found = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", after, re.IGNORECASE)
-                if found and self._gap_holds(after[: found.start()]) and not self._unsure(after[found.end() :]):
+                found = re.search(rf"(?<!\w){re.escape(level)}(?!\w)", after, re.IGNORECASE)
+                if found and found.start() <= GAP and self._holds(after, found):
                     return self._claim(mention, mention.end + found.end(), "level", level, (start, end))
         if any(negative_level(self.features[name]) is not None for name in mention.features):
-            found = SAYS.search(after[: max(0, stop - mention.end)])
-            if found and self._gap_holds(re.sub(r"\b(?:not|n't)\s*$", "", after[: found.start()])):
-                what = "no" if found["no"] else "yes"
-                if re.search(r"\bnot\s+(?:\w+\s+)?$", after[: found.start()]) and what == "yes":
-                    what = "no"
-                boundary = re.match(rf"{re.escape(found[0])}(?!\w)", after[found.start() :])
-                if boundary and not self._unsure(after[found.end() :]):
-                    return self._claim(mention, mention.end + found.end(), "yes", what, (start, end))
+            found = SAYS.search(after)
+            if found and found.end() <= limit and self._holds(after, found):
+                turned = re.search(r"(?:\bnot|n't)\s+(?:\w+\s+)?$", after[: found.start()]) is not None
+                denied = (found["yes"] is None) != turned  # "not absent" is there
+                return self._claim(mention, mention.end + found.end(), "yes", "no" if denied else "yes", (start, end))
         return None
+
+    def _holds(self, after: str, found: re.Match[str]) -> bool:
+        """What stands between name and level links the two, and nothing after it takes it back."""
+        gap = re.sub(r"\b(?:not|n't)\s*$", "", after[: found.start()])
+        return self._gap_holds(gap) and not self._unsure(after[found.end() :])
 
     def _unsure(self, after: str) -> bool:
         return AFTER.match(after) is not None

@@ -43,11 +43,10 @@ BREAKS = _any(
     r"after", r"before", r"and", r"or", r"but", r"points? to", r"from", r"because", r"since", r"while", r"with",
 )  # fmt: skip
 AFTER = re.compile(
-    r"^[\s,)]*(?:\w+\s+)?(?:would|could|might|may|should|or (?:more|less|higher|lower|above|below|over)|"
-    r"and (?:above|over|"
-    r"below|older|more)|\+|(?:is|are) (?:usually|often|typically|commonly|generally|considered|associated|"
-    r"normal(?! f)|"
-    r"possible|plausible|likely|unlikely|too|the (?:most|best|normal|usual)))",
+    r"^[\s,)]*(?:\([^)]*\)\s*)?(?:\w+\s+)?(?:would|could|might|may|should|"
+    r"or (?:more|less|higher|lower|above|below|over)|and (?:above|over|below|older|more)|\+|(?:is|are) (?:usually|"
+    r"often|typically|commonly|generally|considered|associated|normal(?! f)|possible|plausible|likely|unlikely|too|"
+    r"the (?:most|best|normal|usual)))",
     re.IGNORECASE,
 )
 ABOUT = re.compile(r"\b(?:about|around|approximately|approx|roughly|nearly|almost|close to|circa|some)\b|[~≈]", re.I)
@@ -80,10 +79,14 @@ FILL = (
     r"comorbid\w*|underlying|pre-?existing|medical|personal))*\s+"
 )
 LISTED = r"(?:§\s*(?:\([^)]*\)\s*)?(?:,\s*(?:and|or|nor)?|and|or|nor|/)\s*(?:the |a |an |any |his |her )?)*$"
+_OTHER_WORD = r"(?!(?:but|has|have|had|is|was|with|which|who|and|so|the|he|she|patient)\b)[\w§'-]+"
+_OTHER = rf"{_OTHER_WORD}(?:\s{_OTHER_WORD}){{0,2}}"
+NONE_OF = rf"(?:{_OTHER},\s*)*{_OTHER},?\s(?:or|nor)\s+(?:any |a |an )?$"  # "no fever, stroke or (diabetes)"
 DENIES = re.compile(
     r"(?:\bno\b|\bnot\b|n't|\bwithout\b|\bnever\b|\babsence of\b|\bnegative for\b|\bfree (?:of|from)\b|"
     r"\bden(?:ies|ied)\b|"
-    r"\blacks?\b|\bneither\b|\bnor\b|\bnone of\b|\brul(?:es?|ed) out\b|\bnon-?)" + f"(?:{FILL}|\\s*)" + LISTED,
+    r"\blacks?\b|\bneither\b|\bnor\b|\bnone of\b|\brul(?:es?|ed) out\b|\bnon-?)"
+    + rf"(?:{FILL}|\s*)(?:{NONE_OF}|{LISTED})",
     re.IGNORECASE,
 )
 AFFIRMS = re.compile(
@@ -100,9 +103,9 @@ AFFIRMS = re.compile(
     re.IGNORECASE,
 )
 SAYS = re.compile(
-    r"(?P<no>no(?=\s*(?:[.,;:)\]\"'?!]|$|\n|\b(?:and|but|which|so)\b))|none|absent|negative|false|(?:not|"
-    r"n't)\s+(?:present|"
-    r"there|found|seen)|excluded|denied)|(?P<yes>yes|present|positive|true|confirmed|\+)",
+    r"(?:(?<!\w)(?:(?P<no>no(?=\s*(?:[.,;:)\]\"'?!]|$|\n|[^\x00-\x7f]|\b(?:and|but|which|so)\b))|none|absent|negative|"
+    r"false|not\s+(?:present|there|found|seen)|excluded|denied)|(?P<yes>yes|present|positive|true|confirmed))|"
+    r"(?P<not>n't\s+(?:present|there|found|seen)))(?!\w)",
     re.IGNORECASE,
 )
 MAY_BE = _any(

@@ -287,7 +287,7 @@ def _words(text: str, record: Record) -> int:
         text = text[:start] + " " + text[end:]
     offered = "|".join(map(re.escape, record.options))
     text = re.sub(rf"(?<![A-Za-z])[A-J][.):]\s+(?:{offered})(?:{re.escape(unit(record.target))})?(?!\w)", " ", text)
-    return len(re.findall(r"[^\W\d_]{2,}", _ANSWER_WORDS.sub(" ", plain(text))))
+    return len(re.findall(r"[^\W\d_]{2,}|\d+(?:[.,]\d+)?", _ANSWER_WORDS.sub(" ", plain(text))))
 
 
 def _letter_first(text: str, record: Record) -> list[Flag]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ from ..common.dictionary import Dictionary, Feature
 from ..common.question import LETTERS, PromptTemplate, Question
 from ..common.reasoning import KINDS, Flag
 from ..common.record import Record, record_of, unit
-from ..common.schema import derive_schema
+from ..common.schema import Schema, derive_schema
 from .planted_wordings import HELD_OUT, TUNED, Wordings
 from .registries import load
 from .synthetic_registry import make
@@ -46,6 +47,7 @@ PLANTS = {
     "nothing": "no_reasoning",
     "repeated": "no_reasoning",
 }
+_SETTINGS = QuestionsConfig(features_per_record=12)
 _SEX = {"male": ("man", "gentleman"), "female": ("woman", "lady")}
 _NO, _YES = ("no", "none", "absent"), ("yes", "present")
 # Quantities that none of the registries has, with a value and a unit.
@@ -88,17 +90,20 @@ def open_questions(
     Raises:
         UserError: the package that the registry comes in is not installed.
     """
-    registry = _synthetic() if name == "synthetic" else load(name)
-    settings = QuestionsConfig(features_per_record=12)
-    schema = derive_schema(count(registry.values, registry.dictionary), registry.dictionary, settings)
-    builder = QuestionBuilder(registry, schema, template, settings)
+    registry, schema = _registry(name)
+    builder = QuestionBuilder(registry, schema, template, _SETTINGS)
     rows = rng.permutation(len(next(iter(registry.values.values()))))[:n]
     return builder.build(rows, rng), registry.dictionary
 
 
-def _synthetic() -> Registry:
-    table, dictionary = make(600, seed=11)
-    return to_registry("synthetic", pa.Table.from_pandas(table, preserve_index=False), dictionary)
+@lru_cache(maxsize=4)
+def _registry(name: str) -> tuple[Registry, Schema]:
+    if name == "synthetic":
+        table, dictionary = make(600, seed=11)
+        registry = to_registry(name, pa.Table.from_pandas(table, preserve_index=False), dictionary)
+    else:
+        registry = load(name)
+    return registry, derive_schema(count(registry.values, registry.dictionary), registry.dictionary, _SETTINGS)
 
 
 def plant(
