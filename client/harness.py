@@ -75,6 +75,15 @@ def load(**_):
 '''
 
 
+def task_name(registry: str) -> str:
+    """A registry's name as the harness takes it for a task.
+
+    >>> task_name("SUPPORT-ICU 2 (adults)")
+    'support_icu_2_adults'
+    """
+    return "_".join(re.findall("[a-z0-9]+", registry.lower())) or "wardround"
+
+
 def write_harness_task(
     folder: Path,
     questions: Sequence[Question],
@@ -92,7 +101,7 @@ def write_harness_task(
         questions: at least one; 2 to 10 options each.
         template: their prompt.
         reader: the model that will be scored, or its tokenizer alone: it decides the chat template and the tokens.
-        name: of the task, lower case: letters, digits and single underscores.
+        name: of the task, lower case: letters, digits and single underscores (`task_name`).
         public: the dictionary says that the registry is public (`Dictionary.public`).
         inside_hospital: somebody answers for it that the folder does not leave the hospital.
 

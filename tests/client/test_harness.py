@@ -1,5 +1,6 @@
 """client/harness.py: our questions as a task of lm-evaluation-harness, with the answers that wardround gives."""
 
+import doctest
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import stat
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,11 @@ def test_patients_are_exported_only_where_somebody_answers_for_the_folder(tmp_pa
     write_harness_task(tmp_path / "task", asked, TEMPLATE, lm, "mine", public=False, inside_hospital=True)
     assert stat.S_IMODE((tmp_path / "task").stat().st_mode) == 0o700
     assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "task").iterdir()} == {0o600}
+
+
+def test_the_names_of_registries_become_names_of_tasks() -> None:
+    result = doctest.testmod(import_module("wardround.client.harness"))
+    assert (result.attempted, result.failed) == (1, 0)
 
 
 @pytest.mark.parametrize("name", ["", "ICU", "a,b", "a*", "a__b", "a b", "../a"])
