@@ -1,8 +1,8 @@
 r"""Wordings of clean and of defective reasoning, for planted truths (planted_reasoning.py).
 
 Two sets that share no sentence. `TUNED` may be looked at while the rules of `wardround.common.reasoning` are changed;
-`HELD_OUT` was written before those rules and never serves to change them, so what is measured on it is closer to what
-another writer would see. Both are by the same author as the rules: a model's own sentences are stranger than either.
+`HELD_OUT` was written before those rules; what they miss there is left missed, and only one step back that it showed
+(in "isn't present") was undone. Both are by the author of the rules: a model's own sentences are stranger than either.
 
 Slots: {label} of a feature as one writes it, {value} of a number or level with its {unit} (" mg/dL" or empty), {low},
 {high}, {other} numbers that are no patient's, {letter} of an option, {condition} a yes/no feature, {age}, {noun}.
