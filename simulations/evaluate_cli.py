@@ -226,26 +226,26 @@ def _print_suite(result: Mapping[str, Any]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
+    from ..server.evaluate import points
+
     shown = Table(box=SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("task")
-    shown.add_column("model")
-    for heading in ("n", "accuracy, %", "95 %", "AUROC", "− reference", "95 %"):
-        shown.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("task and model", "accuracy, %", "AUROC", "− reference"):
+        shown.add_column(heading, justify="left" if heading.startswith("task") else "right", no_wrap=True)
     for task in result["tasks"]:
         pairs = {pair["model"]: pair for pair in task["paired"] if pair["against"] == task["reference"]}
-        rows = {**task["models"], "majority option": task["majority"]}
-        for place, (name, told) in enumerate(rows.items()):
+        shown.add_row(f"[bold]{task['name']}[/bold]", f"n = {task['n']}")
+        for name, told in {**task["models"], "majority option": task["majority"]}.items():
             low, high = told["accuracy"]["ci95"]
             event, pair = told.get("event"), pairs.get(name)
+            difference = ""
+            if pair is not None:
+                below, above = pair["ci95"]
+                difference = f"{points(pair['difference'])} ({points(below)} to {points(above)})"
             shown.add_row(
-                task["name"] if place == 0 else "",
-                name,
-                str(told["n"]),
-                f"{100 * told['accuracy']['value']:.1f}",
-                f"{100 * low:.1f} to {100 * high:.1f}",
+                f"  {name}",
+                f"{100 * told['accuracy']['value']:.1f} ({100 * low:.1f} to {100 * high:.1f})",
                 "" if not event else f"{event['auroc']['value']:.3f}",
-                "" if pair is None else f"{100 * pair['difference']:+.1f}",
-                "" if pair is None else f"{100 * pair['ci95'][0]:+.1f} to {100 * pair['ci95'][1]:+.1f}",
+                difference,
             )
         shown.add_section()
     console = _console()
