@@ -64,7 +64,11 @@ for route, round_index, Grid.left, when, how in json.loads(sys.argv[3]):
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        federation.simulate(config, Path(sys.argv[2]), resume=True)
+        try:
+            federation.simulate(config, Path(sys.argv[2]), resume=True)
+        except KeyboardInterrupt:  # ends by the signal, as Python does, which with tabulate beside torch ends with 1
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     print(os.WTERMSIG(status), os.WEXITSTATUS(status), flush=True)
