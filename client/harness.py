@@ -84,6 +84,21 @@ def task_name(registry: str) -> str:
     return "_".join(re.findall("[a-z0-9]+", registry.lower())) or "wardround"
 
 
+def check_folder(folder: Path, *, public: bool, inside_hospital: bool) -> None:
+    """Refuses a folder that questions may not be written to; see `write_harness_task`.
+
+    Raises:
+        ConfigError: the registry is not public and nobody said that the folder stays inside; the folder exists.
+    """
+    if not (public or inside_hospital):
+        raise ConfigError(
+            f"{folder}: these questions hold patients' records, and their dictionary does not say public = true: "
+            "export them only to a folder that stays inside the hospital, and say so with --inside-hospital"
+        )
+    if folder.exists():
+        raise ConfigError(f"{folder}: exists already; name a new folder")
+
+
 def write_harness_task(
     folder: Path,
     questions: Sequence[Question],
@@ -115,15 +130,9 @@ def write_harness_task(
     """
     from ..common.lm.scoring import option_token_ids, render
 
-    if not (public or inside_hospital):
-        raise ConfigError(
-            f"{folder}: these questions hold patients' records, and their dictionary does not say public = true: "
-            "export them only to a folder that stays inside the hospital, and say so with --inside-hospital"
-        )
+    check_folder(folder, public=public, inside_hospital=inside_hospital)
     if not _NAME.fullmatch(name):
         raise ConfigError(f"task name '{name}': expected lower-case letters, digits and single underscores")
-    if folder.exists():
-        raise ConfigError(f"{folder}: exists already; name a new folder")
     if not questions:
         raise ConfigError(f"{folder}: no question to export")
     lines: list[str] = []

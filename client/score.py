@@ -31,6 +31,7 @@ from ..common.schema import Schema, derive_schema
 from ..common.seeds import derive_rng
 from ..common.statistics import Tally, summarise
 from .folder import Site
+from .harness import check_folder, task_name, write_harness_task
 from .questions import QuestionBuilder
 
 # Without a site's own key, patients are divided with this one, which everybody knows: everywhere the same.
@@ -50,6 +51,8 @@ class Request:
     site: Path | None = None  # a site.toml: its mapping and split key
     n_questions: int = 500
     seed: int = 0
+    harness: Path | None = None  # a new folder for the questions as a task of lm-evaluation-harness
+    inside_hospital: bool = False  # somebody answers for it that this folder stays inside
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,8 @@ def prepare(request: Request) -> Exam:
         builder = QuestionBuilder(registry, schema, template, settings.questions)
     except VerificationError as error:
         raise ConfigError(f"{request.schema}: {error}") from None
+    if request.harness is not None:  # before a model is loaded
+        check_folder(request.harness, public=registry.dictionary.public, inside_hospital=request.inside_hospital)
     rng = derive_rng(request.seed, "evaluate")
     patients = site.patients_of("test")
     rows = np.array([rng.choice(patients[i]) for i in rng.permutation(len(patients))], dtype=np.int64)
@@ -213,6 +218,16 @@ def score(exam: Exam, progress: Callable[[int], None] | None = None) -> dict[str
             lm.load_adapter_folder(request.adapter)
         except VerificationError as error:
             raise ModelError(f"{request.adapter}: not an adapter of '{settings.model.id}': {error}") from None
+    if request.harness is not None:
+        write_harness_task(
+            request.harness,
+            questions,
+            exam.template,
+            lm,
+            task_name(registry.dictionary.name),
+            public=registry.dictionary.public,
+            inside_hospital=request.inside_hospital,
+        )
     done = 0
 
     def on_done(n: int) -> None:

@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .evaluate import points
+from ..common.findings import points
 from .evaluation_report import task_facts
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.errors import ProtocolError
 from ..common.files import write_atomic
+from ..common.findings import p_value, percent, points
 from ..common.statistics import Tally, summarise
 
 if TYPE_CHECKING:
@@ -69,15 +70,6 @@ def _text(value: object) -> str:
     return value
 
 
-def percent(share: float) -> str:
-    """A share as percent with one decimal.
-
-    >>> percent(0.4345)
-    '43.5 %'
-    """
-    return f"{100 * share:.1f} %"
-
-
 def interval(bounds: Sequence[float]) -> str:
     """Bounds of a share in percent.
 
@@ -85,25 +77,6 @@ def interval(bounds: Sequence[float]) -> str:
     '38.1 to 45.6 %'
     """
     return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f} %"
-
-
-def points(difference: float) -> str:
-    """A difference of two shares in percentage points, signed; a rounded zero has no sign.
-
-    >>> points(-0.031), points(-0.0001)
-    ('−3.1', '0.0')
-    """
-    text = f"{100 * difference:+.1f}".replace("-", "−")
-    return "0.0" if text in ("−0.0", "+0.0") else text
-
-
-def p_value(p: float) -> str:
-    """A p-value as it is read aloud.
-
-    >>> p_value(0.00004), p_value(0.218)
-    ('p < 0.001', 'p = 0.22')
-    """
-    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
 def compared(comparison: Mapping[str, Any]) -> tuple[str, str]:

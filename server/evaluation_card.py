@@ -16,9 +16,10 @@ from typing import Any
 
 import jinja2
 
+from ..common.findings import percent
 from ..common.scored import MAJORITY
 from ..common.subgroups import shown_direction
-from .evaluate import interval, percent
+from .evaluate import interval
 from .evaluation_report import facts, headline, task_facts, title
 from .evaluation_tables import difference, label, number, pair_of
 

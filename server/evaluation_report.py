@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ..common.files import write_atomic
+from ..common.findings import percent, points
 from ..common.scored import MAJORITY
 from ..common.subgroups import shown_direction
 from . import plots
-from .evaluate import percent, points
 from .evaluation_plots import difference_axis, difference_scale, difference_strip, way_key
 from .evaluation_tables import LETTERS, MOST_TARGETS, difference, label, number, pair_of, role, share, view
 from .report import environment, unbroken

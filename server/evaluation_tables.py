@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ..common.findings import p_value, percent, points
 from ..common.scored import MAJORITY
 from ..common.subgroups import shown_direction
 from . import plots
-from .evaluate import interval, p_value, percent, points
+from .evaluate import interval
 from .evaluation_plots import difference_axis, difference_scale, difference_strip, reliability_diagram
 from .report import unbroken
 

@@ -16,9 +16,9 @@ from typing import Any
 from ..common import plan
 from ..common.config import RunConfig
 from ..common.files import write_atomic
+from ..common.findings import points
 from ..common.privacy import Event, epsilon_prv, epsilon_rdp
 from ..common.statistics import Z95
-from .evaluate import points
 
 COMPONENTS = {
     "schema": "counts behind the question schema",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from ..client.score import Request
     from ..common.config import RunConfig
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -52,6 +53,12 @@ _PATH = click.Path(path_type=Path)
 @click.option("--config", type=_PATH, default=None, help="Run config. Default: MODEL's run, else demo.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a config key; may be repeated.")
 @click.option("--site", type=_PATH, default=None, help="TABLE: site.toml, this hospital's mapping and test patients.")
+@click.option(
+    "--export-harness", "harness", type=_PATH, default=None, help="TABLE: the questions as a task, docs/harness.md."
+)
+@click.option(
+    "--inside-hospital", is_flag=True, help="That folder stays inside: needed where the registry is not open."
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON and no progress; --out is written too.")
 def evaluate(
@@ -73,6 +80,8 @@ def evaluate(
     config: Path | None,
     overrides: tuple[str, ...],
     site: Path | None,
+    harness: Path | None,
+    inside_hospital: bool,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -85,6 +94,7 @@ def evaluate(
     hospital's own key with --site; else that of the simulated run which trained MODEL on this registry, which MODEL
     brings with it; else a public one, which is right only for a registry that MODEL was not trained on.
     """
+    from ..client import score
     from ..common.errors import ConfigError
 
     if compared is not None:
@@ -100,9 +110,15 @@ def evaluate(
             {"--tasks": tasks, "--base": base, "--beside": beside, "--table": files},
             "belongs to the suite, without TABLE",
         )
-        _score(model, table, dictionary, out, number or 500, schema, adapter, settings, site, seed, as_json)
+        request = score.Request(
+            table=table, dictionary=dictionary, config=settings, adapter=adapter, schema=schema, site=site,
+            n_questions=number or 500, seed=seed, harness=harness, inside_hospital=inside_hospital,
+        )  # fmt: skip
+        _score(request, out, as_json)
         return
-    _refuse({"--schema": schema, "--adapter": adapter, "--site": site}, "belongs to a TABLE")
+    _refuse(
+        {"--schema": schema, "--adapter": adapter, "--site": site, "--export-harness": harness}, "belongs to a TABLE"
+    )
     _suite(
         model, out, number or 150, [name.strip() for name in tasks.split(",") if name.strip()], base,
         _named("--beside", beside), _named("--table", files), spoken, samples, not no_tabular, settings, seed, as_json,
@@ -226,7 +242,7 @@ def _print_suite(result: Mapping[str, Any]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from ..server.evaluate import points
+    from ..common.findings import points
 
     shown = Table(box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("task and model", "accuracy, %", "AUROC", "− reference"):
@@ -267,19 +283,7 @@ def _print_suite(result: Mapping[str, Any]) -> None:
             )
 
 
-def _score(
-    model: str,
-    table: Path,
-    dictionary: Path,
-    out: Path,
-    number: int,
-    schema: Path | None,
-    adapter: Path | None,
-    settings: RunConfig,
-    site: Path | None,
-    seed: int,
-    as_json: bool,
-) -> None:
+def _score(request: Request, out: Path, as_json: bool) -> None:
     from ..client import score as step
     from ..common.cli import limit_threads
     from ..common.errors import ConfigError
@@ -289,13 +293,9 @@ def _score(
     if out.is_dir():
         raise ConfigError(f"--out {out}: expected a file, got a folder")
     check_writable(out.parent)
+    settings = request.config
     limit_threads(settings.speed.threads)  # before torch is imported
-    exam = step.prepare(
-        step.Request(
-            table=table, dictionary=dictionary, config=settings, adapter=adapter, schema=schema, site=site,
-            n_questions=number, seed=seed,
-        )
-    )  # fmt: skip
+    exam = step.prepare(request)
     at_a_time = f"{settings.speed.micro_batch} at a time"
     with progress_bar("questions", len(exam.questions), quiet=as_json) as advance:
         advance(0, "loading the model")

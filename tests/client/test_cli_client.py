@@ -225,6 +225,24 @@ def test_evaluate_scores_a_model_folder_and_writes_the_agreed_shape(tmp_path: Pa
     assert json.loads((tmp_path / "again.json").read_text()) == result  # same model, table, seed: same score
 
 
+def test_evaluate_exports_its_questions_for_the_harness_only_where_they_may_go(
+    tmp_path: Path, capsys, tiny_model_path: Path
+):
+    frame, dictionary = synthetic_registry.make(300, seed=4)
+    frame.to_parquet(tmp_path / "t.parquet")
+    (tmp_path / "closed.toml").write_text(dump_dictionary(dictionary.model_copy(update={"public": False})))
+    args = ["evaluate", tiny_model_path, tmp_path / "t.parquet", tmp_path / "closed.toml", "-n", 20]
+    args += ["--set", "evaluation.bootstrap_samples=200", "--out", tmp_path / "s.json"]
+    code, _, err = run(capsys, *args, "--export-harness", tmp_path / "task")
+    assert code == 2 and "--inside-hospital" in err and err.count("\n") == 1
+    assert not (tmp_path / "task").exists() and not (tmp_path / "s.json").exists()
+    code, _, _ = run(capsys, *args, "--export-harness", tmp_path / "task", "--inside-hospital")
+    lines = (tmp_path / "task" / "questions.jsonl").read_text().splitlines()
+    assert code == 0 and len(lines) == json.loads((tmp_path / "s.json").read_text())["n"] == 20
+    code, _, err = run(capsys, *args, "--export-harness", tmp_path / "task", "--inside-hospital")
+    assert code == 2 and "exists already" in err
+
+
 def test_evaluate_puts_a_peft_adapter_on_the_model(tmp_path: Path, capsys, tiny_model_path: Path):
     from wardround.common.config import LoraConfig, ModelConfig
     from wardround.common.lm import models
