@@ -226,6 +226,18 @@ def check_patients(policy: PolicyConfig, privacy: PrivacyConfig, patients: int) 
         _check_delta("the run's delta", privacy.delta, patients, "training patients here")
 
 
+def check_test_patients(policy: PolicyConfig, patients: int) -> None:
+    """Refuses to score test patients where there are fewer than this hospital allows.
+
+    Raises:
+        RefusedError: names the limit. The text stays here; the number of patients is in it.
+    """
+    if patients < policy.min_test_patients:
+        raise RefusedError(
+            f"policy.min_test_patients: this hospital allows {policy.min_test_patients} or more, there are {patients}"
+        )
+
+
 def check_schema(policy: PolicyConfig, schema: Schema) -> None:
     """Refuses a question schema that shows a level of too few patients of all hospitals together.
 

@@ -119,6 +119,11 @@ _SENTENCES: Mapping[str, Callable[[PolicyConfig], str]] = {
         if policy.min_training_patients > 1
         else "This hospital takes part with any number of training patients."
     ),
+    "min_test_patients": lambda policy: (
+        f"With fewer than {policy.min_test_patients} test patients this hospital takes no part in the test results."
+        if policy.min_test_patients > 1
+        else "This hospital takes part in the test results with any number of test patients."
+    ),
     "min_level_patients": lambda policy: (
         f"A question schema that shows a level of certainly fewer than {policy.min_level_patients} patients of all "
         "hospitals together is refused."

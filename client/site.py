@@ -57,8 +57,11 @@ from .checkpoint import Checkpoint
 from .folder import Site, SiteRun, TrainingPatients, parse_manifest, parse_schema
 
 if TYPE_CHECKING:
+    from ..common.lm.answers import Outcomes
     from ..common.lm.models import LanguageModel
     from ..common.privacy import Event
+    from ..common.tasks import Task
+    from .exam import Exam
     from .ledger import Spend
     from .private_optimizer import PrivateSteps
     from .randomness import SecureRandom
@@ -91,6 +94,10 @@ def warm_up(site: Site, instruction: WarmupInstruction) -> WarmupReply:
             f"prompt '{run.config.model.prompt}': the run's is {instruction.prompt_digest[:12]}…, "
             f"here {run.template.digest()[:12]}…"
         )
+    if run.config.evaluation.tasks:  # now, not after all rounds
+        from ..common.task_sums import run_tasks
+
+        run_tasks(run.config.evaluation.tasks, site.dictionary)
     if not site.patients_of("train"):
         raise RegistryError("no training patient")
     policy.check_patients(site.config.policy, run.config.privacy, len(site.patients_of("train")))
@@ -297,9 +304,10 @@ def evaluate(site: Site, instruction: EvaluateInstruction) -> EvaluateReply:
             raise RefusedError("evaluate: test patients were already scored for another model")
         samples = str(record.values["samples"])
     else:
-        tally, samples = _evaluate(run, instruction)
-        inputs = sums.input_digest(instruction.schema_digest, instruction.warmup_digest)
-        given = payload.Payload(instruction.model_digest, inputs, np.zeros(0, np.uint32), tally)
+        policy.check_test_patients(site.config.policy, len(site.patients_of("test")))
+        counts, samples = _evaluate(run, instruction)
+        inputs = run.test_inputs(instruction.schema_digest, instruction.warmup_digest)
+        given = payload.Payload(instruction.model_digest, inputs, np.zeros(0, np.uint32), counts)
         payload.store(run.folder, instruction.round_index, TEST, given)
         write_record(path, {"input_digest": wanted, "samples": samples})
     given = payload.require(run.folder, instruction.round_index, TEST)
@@ -325,29 +333,51 @@ def _evaluate(run: SiteRun, instruction: EvaluateInstruction) -> tuple[NDArray[n
     final.verify(instruction.model_digest)
     schema = run.schema(instruction.schema_digest)
     random = _spend(run, plan.metrics_event, "results on test patients") if privacy.enabled else None
-    tally, samples = _scored(run, schema, warmup, final)
+    tally, of_tasks, samples = _scored(run, schema, warmup, final)
     if random is None:
-        return tally.to_vector(), samples
+        return np.concatenate([tally.to_vector(), of_tasks]), samples
     # Samples are whole records: in a private run they stay in the site's own report, of an open registry as well.
     return private_release.noised_results(tally, privacy.metrics_noise_multiplier, random), policy.NO_SAMPLES
 
 
-def _scored(run: SiteRun, schema: Schema, warmup: GlobalModel, final: GlobalModel) -> tuple[Tally, str]:
-    """The tally of test questions, and the samples that may be shown, as JSON."""
-    questions = run.held_out("test", schema, run.config.evaluation.questions_per_site)
+def _scored(
+    run: SiteRun, schema: Schema, warmup: GlobalModel, final: GlobalModel
+) -> tuple[Tally, NDArray[np.int64], str]:
+    """The tally of test questions, the sums of the run's tasks, and the samples that may be shown, as JSON."""
+    settings = run.config.evaluation
+    questions = run.held_out("test", schema, settings.questions_per_site)
+    tasks: list[Task] = []
+    exams: list[Exam | None] = []
+    of_tasks = np.zeros(0, np.int64)
+    if settings.tasks:  # their statistics import scipy
+        from ..common.task_sums import run_tasks, tasks_size
+        from .task_exams import make_exams
+
+        tasks = run_tasks(settings.tasks, run.site.dictionary)
+        of_tasks = np.zeros(tasks_size(tasks, run.site.dictionary, EVALUATED), np.int64)
+        exams = make_exams(run, schema, tasks)
     if not questions:
-        return Tally.empty(schema.names, EVALUATED), policy.NO_SAMPLES
+        return Tally.empty(schema.names, EVALUATED), of_tasks, policy.NO_SAMPLES
     from .evaluation import evaluate_questions
 
     lm = run.language_model(warmup)
-    outcomes: dict[str, Any] = {}
+    asked = [questions, *(exam.questions for exam in exams if exam is not None)]
+
+    def answers() -> list[Outcomes]:
+        return [evaluate_questions(lm, some, run.template, run.config) for some in asked]
+
+    every: dict[str, list[Outcomes]] = {}
     with lm.base_only():
-        outcomes["base"] = evaluate_questions(lm, questions, run.template, run.config)
-    outcomes["warmup"] = evaluate_questions(lm, questions, run.template, run.config)
+        every["base"] = answers()
+    every["warmup"] = answers()
     lm.set_vector(final.full, trainable_only=False)
     # Where no round was better than the warm-up, they are one model.
-    same = final.digest == warmup.digest
-    outcomes["final"] = outcomes["warmup"] if same else evaluate_questions(lm, questions, run.template, run.config)
+    every["final"] = every["warmup"] if final.digest == warmup.digest else answers()
+    if tasks:
+        from .task_exams import task_vector
+
+        of_tasks = task_vector(tasks, exams, {name: found[1:] for name, found in every.items()}, run.site.dictionary)
+    outcomes = {name: found[0] for name, found in every.items()}
     tally, samples = Tally.of(questions, outcomes, schema.names), _samples(run, lm, questions, outcomes)
     local_report.write(
         run.folder / "report.html",
@@ -359,7 +389,7 @@ def _scored(run: SiteRun, schema: Schema, warmup: GlobalModel, final: GlobalMode
         answer_only=run.config.questions.reasoning_tokens == 0,
     )
     shared = policy.shares_samples(run.site.config.policy, run.site.dictionary)
-    return tally, json.dumps(samples, sort_keys=True) if shared else policy.NO_SAMPLES
+    return tally, of_tasks, json.dumps(samples, sort_keys=True) if shared else policy.NO_SAMPLES
 
 
 def finalize(site: Site, instruction: FinalizeInstruction) -> FinalizeReply:
@@ -386,7 +416,7 @@ def _input_digest(instruction: Instruction, *more: str) -> str:
 
 
 def _samples(
-    run: SiteRun, lm: LanguageModel, questions: list[Question], outcomes: dict[str, Any]
+    run: SiteRun, lm: LanguageModel, questions: list[Question], outcomes: Mapping[str, Outcomes]
 ) -> list[dict[str, Any]]:
     """The first questions with what base and final model chose and wrote.
 

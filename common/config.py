@@ -18,7 +18,7 @@ from types import NoneType
 from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_args
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import ConfigError
 
@@ -188,6 +188,16 @@ class EvaluationConfig(Frozen):
         4  # questions shown with both models' answers (public registries only)
     )
     sample_tokens: Annotated[int, Field(ge=0)] = 48  # of a sample's text where answers are scored without text
+    # Shipped tasks (configs/tasks) that test patients are asked besides, up to questions_per_site each: outcomes and
+    # features by age, sex, comorbidity and severity. Names only: a site reads no file that a coordinator names.
+    tasks: tuple[Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,64}$")], ...] = ()
+
+    @field_validator("tasks")
+    @classmethod
+    def each_once(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(tasks)) < len(tasks):
+            raise ValueError("a task is named twice")
+        return tasks
 
 
 class PrivacyConfig(Frozen):
@@ -289,6 +299,7 @@ class RunConfig(Frozen):
                 (0,),
                 "the validation gate would steer the run by patients without noise",
             ),
+            ("evaluation.tasks", self.evaluation.tasks, ((),), "sums of tasks by subgroup carry no noise"),
         ):
             if value not in allowed:
                 expected = " or ".join(map(repr, allowed))
@@ -363,6 +374,7 @@ class PolicyConfig(Frozen):
     targets_allowed: tuple[str, ...] = ()  # dictionary entries that may be asked; empty: all
     targets_never_asked: tuple[str, ...] = ()
     min_training_patients: Annotated[int, Field(ge=1)] = 1  # of this hospital
+    min_test_patients: Annotated[int, Field(ge=1)] = 1  # of this hospital, for its part in the sum of test results
     min_level_patients: Annotated[int, Field(ge=1)] = 1  # of all hospitals, of any level that a question schema shows
     opt_out: str | None = None  # a file with one patient id a line, relative to site.toml: rows that are never read
     max_rounds: Annotated[int, Field(ge=1)] = 1000

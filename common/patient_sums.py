@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from .distributions import t_quantile, t_two_sided
 from .errors import ProtocolError
 from .scored import MAJORITY, Scored
-from .statistics import MAX_COUNT
+from .statistics import MAX_COUNT, mcnemar_exact
 
 Ints = NDArray[np.int64]
 
@@ -107,11 +107,16 @@ class PatientSums:
     @classmethod
     def of(cls, scored: Scored) -> Self:
         """The sums of these questions."""
-        codes = np.unique(scored.patients, return_inverse=True)[1]
-        columns = [np.ones(len(scored), np.int64), *(scored.correct(name) for name in (*scored.models, MAJORITY))]
-        own = np.zeros((scored.n_patients, len(columns)), np.int64)
-        np.add.at(own, codes, np.stack(columns, axis=1).astype(np.int64))
-        return cls(tuple(scored.models), scored.n_patients, own.sum(axis=0), own.T @ own)
+        right = np.stack([scored.correct(name) for name in (*scored.models, MAJORITY)], axis=1)
+        return cls.of_answers(tuple(scored.models), scored.patients, right)
+
+    @classmethod
+    def of_answers(cls, models: Sequence[str], patients: NDArray[np.generic], right: NDArray[np.bool_]) -> Self:
+        """The sums of questions about `patients` (Q,); `right`: bool (Q, M + 1), the majority option last."""
+        people, codes = np.unique(patients, return_inverse=True)
+        own = np.zeros((len(people), 1 + right.shape[1]), np.int64)
+        np.add.at(own, codes, np.concatenate([np.ones((len(right), 1), np.int64), right.astype(np.int64)], axis=1))
+        return cls(tuple(models), len(people), own.sum(axis=0), own.T @ own)
 
     def __add__(self, other: PatientSums) -> PatientSums:
         """Sums over both sets of patients, who must be different people.
@@ -124,6 +129,11 @@ class PatientSums:
         return PatientSums(
             self.models, self.patients + other.patients, self.first + other.first, self.second + other.second
         )
+
+    def without(self, part: PatientSums) -> PatientSums:
+        """The sums over everybody else; `part` is of some of these patients, with all of their questions."""
+        first, second = self.first - part.first, self.second - part.second
+        return PatientSums(self.models, self.patients - part.patients, first, second)
 
     def to_vector(self) -> Ints:
         """All sums as one int64 vector of `sums_size` entries of 0 or more: adding vectors adds sums."""
@@ -163,6 +173,32 @@ class PatientSums:
         squares, products = s[i, i] - 2 * s[i, j] + s[j, j], s[0, i] - s[0, j]
         x = self.first[i] - self.first[j]
         return ClusterSums(self.patients, *map(int, (x, self.first[0], squares, products, s[0, 0])))
+
+    def only(self, later: str, earlier: str) -> tuple[int, int] | None:
+        """How many questions `later` alone and `earlier` alone had right: what differs in their 2 × 2 table.
+
+        None where a patient has several questions, of which sums over patients do not tell it.
+        """
+        if not self.patients == self.first[0] == self.second[0, 0]:
+            return None
+        both = int(self.second[self._column(later), self._column(earlier)])
+        return int(self.first[self._column(later)]) - both, int(self.first[self._column(earlier)]) - both
+
+    def compare(self, later: str, earlier: str) -> dict[str, Any]:
+        """{"difference", "ci95", "p", "only_model", "only_against"} of two models.
+
+        The interval is cluster-robust. p is McNemar's exact one where each patient has one question; else that of the
+        t statistic, and the last two are None.
+        """
+        found, only = self.difference(later, earlier), self.only(later, earlier)
+        one, other = only or (None, None)
+        return {
+            "difference": found.value,
+            "ci95": found.ci95(-1.0, 1.0),
+            "p": found.p_value() if only is None else mcnemar_exact(*only),
+            "only_model": one,
+            "only_against": other,
+        }
 
     def _column(self, model: str) -> int:
         return len(self.models) + 1 if model == MAJORITY else self.models.index(model) + 1

@@ -72,6 +72,14 @@ class Axis(Frozen):
         cells: list[float] = column.astype(np.float64).tolist()
         return tuple(self._between(cell, whole=False) for cell in cells)
 
+    def labels(self, dictionary: Dictionary) -> tuple[str, ...]:
+        """Every stratum there can be, in order, known before any patient is."""
+        feature = None if self.count else dictionary.feature(self.features[0])
+        if feature is not None and feature.kind == "category":
+            return tuple(feature.levels.values())
+        edges = self.edges
+        return tuple(self._between(value, whole=bool(self.count)) for value in (-np.inf, *edges))
+
     def _has(self, column: NDArray[Any], feature: Feature) -> NDArray[np.int64]:
         """1 where the level is the one that is counted; a value that is not known counts as not having it."""
         index = list(feature.levels.values()).index(self.level)

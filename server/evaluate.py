@@ -121,7 +121,22 @@ def table(evaluation: Mapping[str, Any]) -> Table:
 def without_warmup(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """The evaluation of a run whose warm-up was off: what is called warmed up there is the base model again."""
     paired = {pair: item for pair, item in evaluation["paired"].items() if "warmup" not in pair}
-    return {**{name: item for name, item in evaluation.items() if name != "warmup"}, "paired": paired}
+    left = {**{name: item for name, item in evaluation.items() if name != "warmup"}, "paired": paired}
+    if "tasks" not in left:
+        return left
+    together = left["all_tasks"]
+    return {
+        **left,
+        "tasks": [_without_warmup(told) for told in left["tasks"]],
+        "all_tasks": None if together is None else _without_warmup(together),
+    }
+
+
+def _without_warmup(told: Mapping[str, Any]) -> dict[str, Any]:
+    if "models" not in told:  # of too few patients
+        return dict(told)
+    models = {name: figures for name, figures in told["models"].items() if name != "warmup"}
+    return {**told, "models": models, "paired": [pair for pair in told["paired"] if pair["against"] != "warmup"]}
 
 
 def rows_of(evaluation: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ from ..common.config import RunConfig, load_run, to_toml
 from ..common.errors import RunFolderError
 from ..common.files import write_atomic
 from ..common.statistics import wilson
-from . import evaluate, plots
+from . import evaluate, plots, task_tables
 from .privacy_report import ALONE, against
 from .provenance import not_protected, protected
 
@@ -135,6 +135,8 @@ def write_report(
         sections=_groups(evaluation, evaluation["by_section"], {}),
         features=_groups(evaluation, evaluation["by_feature"], labels),
         small=evaluation["small_features"],
+        tasks=[task_tables.task(told) for told in evaluation.get("tasks", ())],
+        all_tasks=unbroken(task_tables.all_tasks(evaluation)),
         warmup=run["warmup"],
         samples=_samples(run["samples"], labels) if provenance["public"] else [],
         no_samples="" if provenance["public"] else _NO_SAMPLES,

@@ -38,6 +38,8 @@ from ..common.question import load_prompt
 from ..common.schema import Schema, derive_schema
 from ..common.secagg.keys import COUNTS, TEST
 from ..common.statistics import Tally, tally_size
+from ..common.task_sums import read, run_tasks, tasks_digest, tasks_size, told
+from ..common.tasks import Task
 from .aggregation import Sums, Total, Work
 from .evaluate import MODELS, evaluate, read_samples, write_evaluation
 from .journal import Journal
@@ -62,6 +64,7 @@ class Coordinator:
     consortium: Consortium
     sums: Sums
     split_key: str | None = None
+    tasks: Sequence[Task] = ()
 
     def round_zero(self) -> tuple[GlobalModel, dict[str, Any]]:
         """The round-0 adapter, made once; and the warm-up's report."""
@@ -139,17 +142,25 @@ class Coordinator:
                     if samples[reply.site]:  # a resumed sum does not always ask for them again
                         self.journal.write("evaluate-samples", {"samples": samples})
 
-            inputs = sums.input_digest(schema.digest(), warmup.digest)
-            private = self.config.privacy.enabled
+            private, tasks = self.config.privacy.enabled, self.tasks
+            about = [tasks_digest(tasks)] if tasks else []
+            inputs = sums.input_digest(schema.digest(), warmup.digest, *about)
             size = 2 ** (len(MODELS) + 1) if private else tally_size(schema.names, MODELS)
-            total = self.sums.total(Work("evaluate", "evaluate", TEST, instruction, 0, size, inputs, take))
-            tally = self._tally(total.tail, schema, len(total.sites))
+            more = tasks_size(tasks, self.dictionary, MODELS) if tasks else 0
+            total = self.sums.total(Work("evaluate", "evaluate", TEST, instruction, 0, size + more, inputs, take))
+            counts, of_tasks = np.split(total.tail, [size])
+            tally = self._tally(counts, schema, len(total.sites))
+            if tasks:
+                found, _ = read(of_tasks, tasks, self.dictionary, MODELS)
+                if any(one.questions > len(total.sites) * settings.questions_per_site for one in found):
+                    raise ProtocolError("sum of a task's results: of more questions than were asked for")
             if not private and tally.n.sum() > len(total.sites) * settings.questions_per_site:
                 raise ProtocolError("sum of test counts: of more questions than were asked for")
             if self.journal.has("evaluate-samples"):
                 samples = self.journal.read("evaluate-samples").values["samples"]
             shown = [item for site in sorted(samples) for item in samples[site]]
-            self.journal.write("evaluate", {"samples": shown, "sites": total.sites}, {"tally": total.tail})
+            vectors = {"tally": counts, **({"tasks": of_tasks} if tasks else {})}
+            self.journal.write("evaluate", {"samples": shown, "sites": total.sites}, vectors)
             self.sums.forget("evaluate")
             self.journal.drop("evaluate-samples")
         record = self.journal.read("evaluate")
@@ -157,6 +168,9 @@ class Coordinator:
         tally = self._tally(record.vectors["tally"], schema, sites)
         sections = {feature.name: feature.section for feature in self.dictionary.features} | {EVERYTHING: "all"}
         result = evaluate(tally, sites, sections, settings.bootstrap_samples, self.config.seed)
+        if self.tasks:
+            found, pooled = read(record.vectors["tasks"], self.tasks, self.dictionary, MODELS)
+            result |= told(found, pooled, "warmup" if self.config.warmup.enabled else "base", "final")
         write_evaluation(self.out / "evaluation.json", result)
         return result
 
@@ -311,7 +325,8 @@ def run_all(
     write_atomic(out / "config.resolved.toml", to_toml(config).encode(), mode=0o644)
     consortium = Consortium(exchange, config, journal, progress, receipts)
     adding = make_sums(consortium)
-    run = Coordinator(config, dictionary, out, journal, consortium, adding, split_key)
+    tasks = run_tasks(config.evaluation.tasks, dictionary)  # refused now, not after all rounds
+    run = Coordinator(config, dictionary, out, journal, consortium, adding, split_key, tasks)
     round_zero, warmup_report = run.round_zero()
     sites = RollCall(consortium, dictionary.digest(), prompt_digest, round_zero)
     sites.everyone()

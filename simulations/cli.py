@@ -52,6 +52,7 @@ def run(
     limit_threads(settings.speed.threads)  # before torch is imported
     from ..server.evaluate import baselines, table, verdict, without_warmup
     from ..server.report import check_reference, refer
+    from ..server.task_tables import lines
     from .federation import simulate
     from .progress import TerminalProgress
 
@@ -79,6 +80,8 @@ def run(
     Console(soft_wrap=True).print(table(evaluation))
     click.echo(verdict(evaluation))
     click.echo(baselines(evaluation))
+    for line in lines(evaluation):
+        click.echo(line)
     click.echo(f"report: {out / 'report.html'}")
 
 

@@ -197,7 +197,8 @@ def test_every_limit_has_a_sentence_whether_it_is_set_or_not():
     everything = {
         "epsilon": 3.0, "epsilon_per_run": 1.0, "delta": 1e-5, "min_noise_multiplier": 0.7, "max_grad_norm": 0.5,
         "require_privacy": True, "tasks": ("counts",), "targets_allowed": ("age",), "targets_never_asked": ("sex",),
-        "min_training_patients": 50, "min_level_patients": 5, "opt_out": "left.txt", "max_bytes_per_run": 10**9,
+        "min_training_patients": 50, "min_test_patients": 30, "min_level_patients": 5, "opt_out": "left.txt",
+        "max_bytes_per_run": 10**9,
         "hours": "20:00-06:00", "allowed_models": ("ab" * 32,), "repeat_with_others": True, "share_samples": True,
         "simulated": True, "min_sites": 7, "colluders": 3, "max_rounds": 11, "max_local_steps": 12, "max_runs": 13,
         "max_upload_bytes": 14,
@@ -210,8 +211,9 @@ def test_every_limit_has_a_sentence_whether_it_is_set_or_not():
     for name, shown in {
         "epsilon": "ε = 3 at δ = 1e-05", "epsilon_per_run": "ε = 1", "min_noise_multiplier": "at least 0.7",
         "max_grad_norm": "at most 0.5", "targets_allowed": "'age'", "targets_never_asked": "'sex'",
-        "min_training_patients": "50", "min_level_patients": "5 patients", "opt_out": "left.txt",
-        "max_bytes_per_run": "1,000,000,000", "hours": "20:00-06:00", "allowed_models": "ab" * 32, "min_sites": "7",
+        "min_training_patients": "50", "min_test_patients": "30", "min_level_patients": "5 patients",
+        "opt_out": "left.txt", "max_bytes_per_run": "1,000,000,000", "hours": "20:00-06:00",
+        "allowed_models": "ab" * 32, "min_sites": "7",
         "colluders": "3", "max_rounds": "11", "max_local_steps": "12", "max_runs": "13", "max_upload_bytes": "14",
     }.items():  # fmt: skip
         assert shown in on[name], name

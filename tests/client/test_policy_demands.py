@@ -313,6 +313,8 @@ ROWS = [
     Row("work on fewer patients", "refused", site={"min_training_patients": PATIENTS}, ask=World.warmup,
         said="min_training_patients: this hospital allows 200 or more, there are 1"),
     Row("work on enough patients", WarmupReply, site={"min_training_patients": PATIENTS // 2}, ask=World.warmup),
+    Row("a test of fewer patients", "refused", site={"min_test_patients": PATIENTS}, ask=World.test,
+        said="min_test_patients: this hospital allows 200 or more, there are"),
     Row("a schema with a level of two patients", "refused", site={"min_level_patients": 5}, ask=rare_level,
         said="min_level_patients: this hospital allows 5 or more, the schema shows a level of '.*' with about 2"),
     Row("a schema with a level of as few as allowed", SchemaReply, site={"min_level_patients": 2}, ask=rare_level),

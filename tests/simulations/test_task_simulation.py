@@ -1,0 +1,182 @@
+"""A run whose config names tasks: sites ask their own test patients, and the report tells what one place would tell."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from wardround.client import task_exams
+from wardround.client.exam import Exam, answered
+from wardround.client.folder import Site, SiteRun
+from wardround.common.config import RunConfig, to_toml
+from wardround.common.errors import ConfigError
+from wardround.common.files import read_record
+from wardround.common.messages import SchemaInstruction
+from wardround.common.schema import Schema
+from wardround.common.scored import MAJORITY, concat
+from wardround.common.summary import summarise_task
+from wardround.common.task_sums import run_tasks
+from wardround.simulations.cli import simulate as command
+from wardround.simulations.federation import simulate
+
+pytestmark = pytest.mark.usefixtures("cheap_scrypt")
+
+TASKS = ("support-mortality", "support-denoising")
+MODELS = ("base", "warmup", "final")
+
+
+def settings(base: Path, **changes: Any) -> RunConfig:
+    data: dict[str, Any] = {
+        "name": "trial",
+        "privacy": {"enabled": False},
+        "model": {"id": str(base), "device": "cpu", "prompt": "en_short"},
+        "warmup": {"enabled": False},
+        "questions": {"features_per_record": 4},
+        "grpo": {"local_steps": 2, "patients_per_step": 4, "expectation": "exact", "learning_rate": 0.03},
+        "federation": {"rounds": 1, "validation_questions_per_site": 0},
+        "evaluation": {"questions_per_site": 40, "bootstrap_samples": 100, "samples": 0, "tasks": TASKS},
+        "simulation": {"registry": "support_icu", "sites": 3},
+    }
+    return RunConfig.model_validate({**data, **changes})
+
+
+Seen = list[tuple[list[Exam], dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> tuple[Path, dict[str, Any], Seen]:
+    """The run, and what every site asked and was answered."""
+    seen: Seen = []
+    whole = task_exams.task_vector
+
+    def spy(tasks: Any, exams: Any, outcomes: Any, dictionary: Any) -> Any:
+        seen.append((list(exams), dict(outcomes)))
+        return whole(tasks, exams, outcomes, dictionary)
+
+    out = tmp_path_factory.mktemp("tasks") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task_exams, "task_vector", spy)
+        return out, simulate(settings(tiny_model_path), out, resume=False), seen
+
+
+def test_the_report_tells_what_all_answers_in_one_place_tell(run: tuple[Path, dict[str, Any], Seen]):
+    _, evaluation, seen = run
+    assert [task["name"] for task in evaluation["tasks"]] == list(TASKS)
+    for index, task in enumerate(evaluation["tasks"]):
+        sites = []
+        for exams, outcomes in seen:
+            options = [len(question.options) for question in exams[index].questions]
+            sites.append(exams[index].scored({m: answered(outcomes[m][index], options) for m in MODELS}, {}))
+        whole = concat([replace(site, strata={**site.strata, "site": ("",) * len(site)}) for site in sites])
+        one = summarise_task(whole, name="t", reference="base", final="final", n_bootstrap=500)
+        assert (task["n"], task["patients"]) == (one["n"], one["patients"]) == (120, 120)
+        for model in MODELS:
+            value = task["models"][model]["accuracy"]["value"]
+            assert value == pytest.approx(one["models"][model]["accuracy"]["value"])
+        assert task["models"][MAJORITY]["accuracy"]["value"] == pytest.approx(one["majority"]["accuracy"]["value"])
+        pairs = {(pair["model"], pair["against"]): pair for pair in one["paired"]}
+        for pair in task["paired"]:
+            if ("final", pair["against"]) in pairs:
+                assert pair["p"] == pytest.approx(pairs["final", pair["against"]]["mcnemar_p"])
+        for axis, table in one["subgroups"]["axes"].items():
+            if axis == "site":
+                continue
+            expected = {row["stratum"]: row["models"]["final"]["accuracy"]["value"] for row in table["strata"]}
+            got = {row["stratum"]: row["accuracy"]["value"] for row in task["subgroups"]["axes"][axis]["strata"]}
+            assert got == pytest.approx(expected)
+
+
+def test_all_tasks_together_are_told_by_patient(run: tuple[Path, dict[str, Any], Seen]):
+    _, evaluation, seen = run
+    asked = {
+        (site, str(exam.registry.patients[row]))
+        for site, (exams, _) in enumerate(seen)
+        for exam in exams
+        for row in exam.rows
+    }
+    assert evaluation["all_tasks"]["n"] == 240
+    assert evaluation["all_tasks"]["patients"] == len(asked) < 240
+
+
+def test_only_sums_are_in_the_coordinators_journal(run: tuple[Path, dict[str, Any], Seen]):
+    out, _, _ = run
+    record = read_record(out / "journal" / "evaluate.record")
+    assert set(record.vectors) == {"tally", "tasks"} and record.values["samples"] == []
+
+
+def test_the_report_shows_each_task_and_its_subgroups(run: tuple[Path, dict[str, Any], Seen]):
+    page = (run[0] / "report.html").read_text()
+    assert "Death in hospital, ICU patients" in page and "Masked values of ICU patients" in page
+    assert "age: 50 to under 65" in page and "All tasks together, 240 questions" in page.replace(
+        "\N{NO-BREAK SPACE}", " "
+    )
+
+
+def test_a_finished_run_is_shown_again_with_its_tasks(run: tuple[Path, dict[str, Any], Seen], tiny_model_path: Path):
+    out, evaluation, _ = run
+    assert (
+        simulate(settings(tiny_model_path), out, resume=True)
+        == evaluation
+        == json.loads((out / "evaluation.json").read_text())
+    )
+
+
+def test_the_terminal_tells_the_tasks(run: tuple[Path, dict[str, Any], Seen], tmp_path: Path, tiny_model_path: Path):
+    (tmp_path / "run.toml").write_text(to_toml(settings(tiny_model_path)))
+    arguments = ["run", str(tmp_path / "run.toml"), "--out", str(run[0]), "--resume"]
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 0, result.output
+    assert "support-mortality: 120 questions of 120 patients" in result.output
+    assert "warmup" not in result.output  # it was off
+
+
+def test_a_hospital_that_never_asks_an_outcome_adds_nothing_to_its_task(
+    run: tuple[Path, dict[str, Any], Seen], tmp_path: Path, tiny_model_path: Path
+):
+    """Its policy holds for tasks as well."""
+    site, config = Site.open(next((run[0] / "sites").glob("*/site.toml"))), settings(tiny_model_path)
+
+    policy = site.config.policy.model_copy(update={"targets_never_asked": ("hospdead", "age")})
+    limited = replace(site, config=site.config.model_copy(update={"policy": policy}))
+    about = {"run_id": "0" * 32, "round_index": 1, "config": config.to_json(), "config_digest": config.digest()}
+    site_run = SiteRun(limited, SchemaInstruction(**about, model_digest="m", schema="{}"))
+    schema = Schema.from_json((run[0] / "schema.json").read_text())
+    mortality, denoising = task_exams.make_exams(site_run, schema, run_tasks(TASKS, site.dictionary))
+    assert mortality is None
+    assert denoising is not None and "age" not in {question.target for question in denoising.questions}
+    nothing = task_exams.task_vector(
+        run_tasks(TASKS[:1], site.dictionary), [None], {name: [] for name in MODELS}, site.dictionary
+    )
+    assert not np.any(nothing)
+
+
+@pytest.mark.parametrize(
+    "tasks, said",
+    [
+        (["smart-mace"], "made for registry 'smart'"),
+        (["no-such"], "no such task"),
+        (["support-antibiotics"], "free text"),
+    ],
+)
+def test_a_task_that_cannot_be_asked_is_refused_before_anything_is_trained(
+    tasks: list[str], said: str, tmp_path: Path, tiny_model_path: Path
+):
+    config = settings(tiny_model_path, evaluation={"questions_per_site": 4, "tasks": tasks})
+    with pytest.raises(ConfigError, match=said):
+        simulate(config, tmp_path / "run", resume=False)
+    assert not (tmp_path / "run" / "journal" / "warmup.record").exists()
+
+
+@pytest.mark.parametrize("tasks", [["../../etc/passwd.toml"], ["a/b"], ["support-mortality", "support-mortality"]])
+def test_a_coordinator_names_no_file_and_no_task_twice(tasks: list[str], tiny_model_path: Path):
+    with pytest.raises(ValueError, match="tasks"):
+        settings(tiny_model_path, evaluation={"tasks": tasks})
+
+
+def test_a_private_run_asks_no_tasks_for_their_sums_carry_no_noise(tiny_model_path: Path):
+    private = {"enabled": True, "epsilon": 3, "delta": 1e-5, "max_grad_norm": 1.0, "declared_patients": 500}
+    with pytest.raises(ValueError, match=r"evaluation\.tasks.*carry no noise"):
+        settings(tiny_model_path, privacy=private)
