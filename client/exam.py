@@ -17,6 +17,7 @@ import numpy as np
 from ..common.config import RunConfig
 from ..common.dictionary import Dictionary
 from ..common.errors import RegistryError
+from ..common.metrics import contextual_calibration, letter_prior
 from ..common.question import LETTERS, PromptTemplate, Question
 from ..common.schema import Schema
 from ..common.scored import Answered, Scored
@@ -178,6 +179,19 @@ def answered(outcomes: Any, n_options: Sequence[int]) -> Answered:
         probabilities = weights / weights.sum(axis=1, keepdims=True)
     chosen = outcomes.chosen.astype(np.int64)
     return Answered(probabilities, chosen, outcomes.boxed.astype(np.bool_), outcomes.length.astype(np.int64))
+
+
+def calibrated(answers: Answered, exam: Exam) -> Answered:
+    """The answers without the model's liking for letters (contextual calibration, Zhao et al. 2021).
+
+    The prior of a letter is what the model gives it on average over other patients' questions of the task: fair, for
+    options are shuffled. No true answer is looked at.
+    """
+    n_options = np.array([len(question.options) for question in exam.questions], np.int64)
+    patients = np.unique(exam.registry.patients[exam.rows].astype(str), return_inverse=True)[1].astype(np.int64)
+    prior = letter_prior(answers.probabilities, n_options, patients)
+    probabilities = contextual_calibration(answers.probabilities, prior)
+    return replace(answers, probabilities=probabilities, chosen=probabilities.argmax(axis=1).astype(np.int64))
 
 
 def answered_by_probabilities(probabilities: np.ndarray) -> Answered:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,6 +33,9 @@ from ..common.statistics import Tally, summarise
 from .folder import Site
 from .harness import check_folder, task_name, write_harness_task
 from .questions import QuestionBuilder
+
+if TYPE_CHECKING:
+    from ..common.lm.models import LanguageModel
 
 # Without a site's own key, patients are divided with this one, which everybody knows: everywhere the same.
 PUBLIC_SPLIT_KEY = hashlib.sha256(b"wardround.evaluate.public-split").hexdigest()
@@ -163,6 +166,23 @@ def adapter_settings(folder: Path) -> LoraConfig:
         raise ModelError(f"{file}: not the configuration of a LoRA adapter") from None
 
 
+def load_with(settings: ModelConfig, adapter: Path | None, seed: int) -> LanguageModel:
+    """A base model, with a peft adapter folder on it if there is one.
+
+    Raises:
+        ModelError: the model cannot be loaded, or the folder is no adapter of it.
+    """
+    from ..common.lm import models
+
+    lm = models.load(settings, None if adapter is None else adapter_settings(adapter), seed=seed)
+    if adapter is not None:
+        try:
+            lm.load_adapter_folder(adapter)
+        except VerificationError as error:
+            raise ModelError(f"{adapter}: not an adapter of '{settings.id}': {error}") from None
+    return lm
+
+
 def prepare(request: Request) -> Exam:
     """The questions for one model.
 
@@ -206,18 +226,11 @@ def score(exam: Exam, progress: Callable[[int], None] | None = None) -> dict[str
     Raises:
         ModelError: the model or its adapter cannot be used.
     """
-    from ..common.lm import models
     from .evaluation import evaluate_questions
 
     request, registry = exam.request, exam.site.registry
     settings, questions = request.config, exam.questions
-    lora = None if request.adapter is None else adapter_settings(request.adapter)
-    lm = models.load(settings.model, lora, seed=settings.seed)
-    if request.adapter is not None:
-        try:
-            lm.load_adapter_folder(request.adapter)
-        except VerificationError as error:
-            raise ModelError(f"{request.adapter}: not an adapter of '{settings.model.id}': {error}") from None
+    lm = load_with(settings.model, request.adapter, settings.seed)
     if request.harness is not None:
         write_harness_task(
             request.harness,

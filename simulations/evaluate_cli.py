@@ -38,7 +38,7 @@ _PATH = click.Path(path_type=Path)
 )
 @click.option("--tasks", default="", metavar="NAME,…", help="Suite: these only; names or .toml files. Default: all.")
 @click.option("--base", default=None, help="Suite: what MODEL is compared with. Default: as its provenance says.")
-@click.option("--beside", multiple=True, metavar="NAME=MODEL", help="Suite: another model in the table; repeatable.")
+@click.option("--beside", multiple=True, metavar="NAME=MODEL", help="Suite: one more model or adapter; repeatable.")
 @click.option("--table", "files", multiple=True, metavar="NAME=FILE", help="Suite: file of registry ist_stroke.")
 @click.option(
     "--spoken", type=click.IntRange(0), default=12, show_default=True, help="Suite: questions also put in words."
@@ -46,6 +46,7 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--samples", type=click.IntRange(1), default=1, show_default=True, help="Suite: texts a question, for a vote."
 )
+@click.option("--calibrate", is_flag=True, help="Suite: base and final also without their liking for letters.")
 @click.option("--no-tabular", is_flag=True, help="Suite: no logistic regression and gradient boosting beside.")
 @click.option("--compare", "compared", nargs=2, type=_PATH, default=None, help="Two evaluation.json side by side.")
 @click.option("--schema", type=_PATH, default=None, help="TABLE: a run's schema.json; else from its training patients.")
@@ -73,6 +74,7 @@ def evaluate(
     files: tuple[str, ...],
     spoken: int,
     samples: int,
+    calibrate: bool,
     no_tabular: bool,
     compared: tuple[Path, Path] | None,
     schema: Path | None,
@@ -107,7 +109,7 @@ def evaluate(
     settings = _settings(model, config, overrides)
     if table is not None and dictionary is not None:
         _refuse(
-            {"--tasks": tasks, "--base": base, "--beside": beside, "--table": files},
+            {"--tasks": tasks, "--base": base, "--beside": beside, "--table": files, "--calibrate": calibrate},
             "belongs to the suite, without TABLE",
         )
         request = score.Request(
@@ -121,7 +123,8 @@ def evaluate(
     )
     _suite(
         model, out, number or 150, [name.strip() for name in tasks.split(",") if name.strip()], base,
-        _named("--beside", beside), _named("--table", files), spoken, samples, not no_tabular, settings, seed, as_json,
+        _named("--beside", beside), _named("--table", files), spoken, samples, calibrate, not no_tabular, settings,
+        seed, as_json,
     )  # fmt: skip
 
 
@@ -183,6 +186,7 @@ def _suite(
     files: Mapping[str, str],
     spoken: int,
     samples: int,
+    calibrate: bool,
     tabular: bool,
     settings: RunConfig,
     seed: int,
@@ -206,7 +210,7 @@ def _suite(
         model=model, base=base or step.base_of(model), beside=beside,
         tables={name: Path(file) for name, file in files.items()},
         tasks=load_tasks(names, (*registries.NAMES, *files)), config=settings, n_questions=number, spoken=spoken,
-        samples=samples, tabular=tabular, seed=seed,
+        samples=samples, calibrate=calibrate, tabular=tabular, seed=seed,
     )  # fmt: skip
     prepared = step.prepare(asked, out)
     total, done = sum(prepared.work(exam) for exam in prepared.exams), 0

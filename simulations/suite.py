@@ -10,6 +10,7 @@ A model answers the same questions of the same held-out patients as all others, 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -20,28 +21,27 @@ from typing import Any, get_args
 import numpy as np
 
 from ..client import score
-from ..client.exam import Exam, answered, answered_by_probabilities, make_exam
-from ..client.questions import QuestionBuilder
+from ..client.exam import Exam, answered, answered_by_probabilities, calibrated, make_exam
 from ..client.registry import Registry
 from ..client.tabular import Method, tabular_probabilities
 from ..common.config import ModelConfig, RunConfig
-from ..common.contrast import Spoken, export, flag_all, flag_counts, rows, side_by_side
+from ..common.contrast import Spoken
 from ..common.counts import count
 from ..common.dictionary import load_dictionary
 from ..common.errors import ConfigError, ModelError
 from ..common.evaluation_file import evaluation, write_evaluation
 from ..common.files import write_atomic
 from ..common.question import PromptTemplate, load_prompt, parse_answer
-from ..common.record import Record, record_of, unit
 from ..common.schema import Schema, derive_schema
 from ..common.scored import Answered
 from ..common.seeds import derive_rng, derive_seed
 from ..common.summary import summarise_task
 from ..common.tasks import Task
-from . import registries
+from . import registries, suite_words
+from .suite_words import BASE, FINAL
 
-BASE, FINAL = "base", "final"
-RESERVED = (BASE, FINAL, "chance", "majority", *get_args(Method))
+CALIBRATED = {BASE: "base, calibrated", FINAL: "final, calibrated"}
+RESERVED = (BASE, FINAL, *CALIBRATED.values(), "chance", "majority", *get_args(Method))
 Step = Callable[[str, int], None]  # (what is being done, how many questions were done since)
 
 
@@ -50,9 +50,10 @@ class Request:
     """What to evaluate.
 
     Attributes:
-        model: a folder, a packaged name or a cached id.
+        model: a folder (a whole model, or a run's adapter), a packaged name or a cached id.
         base: what it was trained from; None: the model alone, compared with nothing.
-        beside: name → model, to stand in the same table: each hospital's own, the centrally trained one.
+        beside: name → model or adapter folder of a run, to stand in the same table: each hospital's own, the centrally
+            trained one.
         tasks: of open registries.
         config: its prompt, questions and speed are used.
         n_questions: of each task, at most one a test patient.
@@ -60,6 +61,7 @@ class Request:
         words: most tokens of such an answer.
         open_questions: patients of each open task.
         samples: texts a question whose majority is the answer; 1: the greedy one.
+        calibrate: whether base and final stand in the table a second time, without their liking for letters.
         tabular: whether logistic regression and gradient boosting are trained beside.
         seed: of questions and resamples.
         tables: registry → file, for those that no package carries (`registries.FILED`).
@@ -75,6 +77,7 @@ class Request:
     words: int = 96
     open_questions: int = 4
     samples: int = 1
+    calibrate: bool = False
     tabular: bool = True
     seed: int = 0
     tables: Mapping[str, Path] = field(default_factory=dict[str, Path])
@@ -105,20 +108,12 @@ class Suite:
         return len(exam.questions) * (2 + (self.request.base is not None) + len(self.request.beside))
 
 
-@dataclass
-class Voices:
-    """What models said in words: by registry for the audit, by open task for experts."""
-
-    spoken: dict[str, dict[str, Spoken]] = field(default_factory=dict[str, dict[str, Spoken]])
-    open_texts: dict[str, dict[str, list[str]]] = field(default_factory=dict[str, dict[str, list[str]]])
-
-
 def prepare(request: Request, out: Path) -> Suite:
     """Registries, schemas and questions of all tasks; tables are written into OUT/registries.
 
     Raises:
         ConfigError: no task, a task that its registry cannot serve, a name used twice, a registry that is not open, or
-            samples without reasoning.
+            samples without reasoning, or calibration with it.
     """
     taken = [name for name in request.beside if name in RESERVED]
     if taken:
@@ -127,6 +122,8 @@ def prepare(request: Request, out: Path) -> Suite:
         raise ConfigError("no task to evaluate")
     if request.samples > 1 and request.config.questions.reasoning_tokens == 0:
         raise ConfigError("--samples: expected questions.reasoning_tokens above 0: letters alone are not sampled")
+    if request.calibrate and request.config.questions.reasoning_tokens:
+        raise ConfigError("--calibrate: expected questions.reasoning_tokens = 0: texts have no probability of a letter")
     for task in request.tasks:  # before anything is built
         task.check(load_dictionary(registries.dictionary_path(task.registry)))
         if task.registry in registries.FILED and task.registry not in request.tables:
@@ -194,17 +191,19 @@ def run(suite: Suite, out: Path, step: Step) -> tuple[dict[str, Any], dict[str, 
     named = {**({BASE: request.base} if request.base is not None else {}), **request.beside, FINAL: request.model}
     answers: dict[str, dict[str, Answered]] = {exam.task.name: {} for exam in suite.exams}
     permuted: dict[str, dict[str, Answered]] = {exam.task.name: {} for exam in suite.exams}
-    voices, facts = Voices(), {}
+    voices, facts = suite_words.Voices(), {}
     for name, model in named.items():
         facts[name] = _ask(suite, name, model, out, answers, permuted, voices, step)
-    if request.tabular:
-        for exam in suite.exams:
-            for method in get_args(Method):
-                step(f"{method}, {exam.task.name}", 0)
-                found = _tabular(exam, method, request.seed, out)
-                # Before "final", so that the table ends with what it is about.
-                final = answers[exam.task.name].pop(FINAL)
-                answers[exam.task.name] |= {method: answered_by_probabilities(found), FINAL: final}
+    for exam in suite.exams:
+        mine = answers[exam.task.name]
+        final = mine.pop(FINAL)  # and put back at the end: the table ends with what it is about
+        for method in get_args(Method) if request.tabular else ():
+            step(f"{method}, {exam.task.name}", 0)
+            mine[method] = answered_by_probabilities(_tabular(exam, method, request.seed, out))
+        if request.calibrate:
+            both = {name: own for name, own in ((BASE, mine.get(BASE)), (FINAL, final)) if own is not None}
+            mine |= {CALIBRATED[name]: calibrated(own, exam) for name, own in both.items()}
+        mine[FINAL] = final
     tasks: list[dict[str, Any]] = []
     for exam in suite.exams:
         step(f"statistics, {exam.task.name}", 0)
@@ -219,9 +218,9 @@ def run(suite: Suite, out: Path, step: Step) -> tuple[dict[str, Any], dict[str, 
                 seed=derive_seed(request.seed, f"bootstrap {exam.task.name}") % 2**32,
             )
         )
-    counts, contrasts = _audit(suite, voices, out)
+    counts, contrasts = suite_words.audit(suite, voices, out)
     content = evaluation(tasks, provenance=_provenance(suite, facts), reasoning=counts)
-    _write_review(suite, voices, out)
+    suite_words.write_review(suite, voices, out)
     write_evaluation(out / "evaluation.json", content)
     return content, contrasts
 
@@ -233,23 +232,25 @@ def _ask(
     out: Path,
     answers: dict[str, dict[str, Answered]],
     permuted: dict[str, dict[str, Answered]],
-    voices: Voices,
+    voices: suite_words.Voices,
     step: Step,
 ) -> dict[str, Any]:
     """Everything that one model is asked; returns what it is."""
-    from ..common.lm import models
     from ..common.lm.answers import answer_questions, free_texts, greedy_texts, sampled_answers
     from ..common.lm.packaged import base_digest, resolve
 
     request, config = suite.request, suite.request.config
-    changed: ModelConfig = config.model.model_copy(update={"id": model})
-    digest = base_digest(resolve(model))
+    adapter, base = _adapter(model)
+    changed: ModelConfig = config.model.model_copy(update={"id": base})
+    digest = base_digest(resolve(base))
+    if adapter is not None:
+        digest += f" {hashlib.sha256((adapter / 'adapter_model.safetensors').read_bytes()).hexdigest()}"
     loaded: list[Any] = []
 
     def lm() -> Any:  # loaded only where something is left to ask
         if not loaded:
             step(f"loading {name}", 0)
-            loaded.append(models.load(changed, None, seed=0))
+            loaded.append(score.load_with(changed, adapter, 0))
         return loaded[0]
 
     def ask(exam: Exam, questions: Sequence[Any], order: str) -> Answered:
@@ -283,7 +284,7 @@ def _ask(
         if name == FINAL:
             permuted[exam.task.name][name] = ask(exam, exam.reordered, "second")
     if name in (BASE, FINAL) and request.spoken:
-        for registry, exam in _spoken_exams(suite).items():
+        for registry, exam in suite_words.spoken_exams(suite).items():
             step(f"{name} reasons, {registry}", 0)
             questions = exam.questions[: request.spoken]
             texts = greedy_texts(lm(), questions, suite.template, request.words)
@@ -292,7 +293,7 @@ def _ask(
     if name in (BASE, FINAL):
         for task in suite.open_tasks:
             step(f"{name} advises, {task.name}", 0)
-            messages = [_consultation(task, text) for text in _open_records(suite, task)[0]]
+            messages = [suite_words.consultation(task, text) for text in suite_words.open_records(suite, task)[0]]
             voices.open_texts.setdefault(task.name, {})[name] = free_texts(lm(), messages, request.words)
     return {"model": model, "digest": digest}
 
@@ -340,118 +341,6 @@ def _tabular(exam: Exam, method: Method, seed: int, out: Path) -> np.ndarray:
     return probabilities
 
 
-def _spoken_exams(suite: Suite) -> dict[str, Exam]:
-    """The first scored task of every registry: models also reason about some of its questions in words."""
-    found: dict[str, Exam] = {}
-    for exam in suite.exams:
-        found.setdefault(exam.task.registry, exam)
-    return found
-
-
-def _audit(suite: Suite, voices: Voices, out: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """Counts of flags by registry and model, and the differing questions, which also go to reasoning.jsonl."""
-    counts: dict[str, Any] = {}
-    contrasts: dict[str, list[dict[str, Any]]] = {}
-    lines: list[str] = []
-    for registry, spoken in voices.spoken.items():
-        exam, dictionary = _spoken_exams(suite)[registry], suite.wards[registry].registry.dictionary
-        questions = exam.questions[: suite.request.spoken]
-        counts[registry] = {
-            name: {"n": len(questions), **flag_counts(flag_all(questions, suite.template, dictionary, said))}
-            for name, said in spoken.items()
-        }
-        if BASE in spoken:
-            pairs = side_by_side(questions, suite.template, dictionary, spoken[BASE], spoken[FINAL])
-            contrasts[registry] = rows(pairs)
-            part = out / "answers" / f"reasoning-{registry}.jsonl"
-            part.parent.mkdir(parents=True, exist_ok=True)
-            export(part, pairs, dictionary)
-            lines.append(part.read_text(encoding="utf-8"))
-    if lines:
-        write_atomic(out / "reasoning.jsonl", "".join(lines).encode(), mode=0o600)
-    return counts, contrasts
-
-
-def _open_records(suite: Suite, task: Task) -> tuple[list[str], list[int]]:
-    """Records of some test patients of an open task, as text, and their rows."""
-    ward, request = suite.wards[task.registry], suite.request
-    registry, rng = ward.registry, derive_rng(request.seed, f"suite {task.name}")
-    asked = rng.permutation(ward.splits["test"])
-    for name, label in task.only.items():
-        level = list(registry.dictionary.feature(name).levels.values()).index(label)
-        asked = asked[registry.values[name][asked] == level]
-    asked = asked[: request.open_questions]
-    builder = QuestionBuilder(registry, ward.schema, suite.template, request.config.questions)
-    return builder.records(asked, task.shown(registry.dictionary), rng), asked.tolist()
-
-
-def _consultation(task: Task, record: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": f"{record}\n\n{task.question}"}]
-
-
-def _write_review(suite: Suite, voices: Voices, out: Path) -> None:
-    """Pairs of answers in words as `wardround server review start` reads them."""
-    lines: list[dict[str, Any]] = [{"wardround_review": 1, "data": "open", "title": "Reasoning of two models"}]
-    for registry, spoken in voices.spoken.items():
-        if BASE not in spoken:
-            continue
-        exam, dictionary = _spoken_exams(suite)[registry], suite.wards[registry].registry.dictionary
-        for index, question in enumerate(exam.questions[: suite.request.spoken]):
-            record = record_of(question, suite.template, dictionary)
-            lines.append(
-                {
-                    "id": f"{exam.task.name}-{index + 1:04d}",
-                    "section": question.section,
-                    "target": question.target,
-                    "record": _entries(record),
-                    "question": _asked(record),
-                    "options": list(question.options),
-                    "answers": {
-                        name: {
-                            "text": said.texts[index],
-                            "chosen": None if said.chosen[index] < 0 else said.chosen[index],
-                        }
-                        for name, said in spoken.items()
-                    },
-                }
-            )
-    for task in suite.open_tasks:
-        texts = voices.open_texts.get(task.name, {})
-        if set(texts) < {BASE, FINAL}:
-            continue
-        records, _ = _open_records(suite, task)
-        for index, record in enumerate(records):
-            lines.append(
-                {
-                    "id": f"{task.name}-{index + 1:04d}",
-                    "section": task.title,
-                    "target": task.name,
-                    "record": [{"section": "Record", "label": "As the model saw it", "value": record}],
-                    "question": task.question,
-                    "options": [],
-                    "answers": {name: {"text": said[index], "chosen": None} for name, said in texts.items()},
-                }
-            )
-    if len(lines) > 1:
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_atomic(out / "review.jsonl", text.encode(), mode=0o600)
-
-
-def _asked(record: Record) -> str:
-    target = record.target
-    return target.question or f"What would be the masked value of '{target.label}'?"
-
-
-def _entries(record: Record) -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = []
-    for name, value in record.values.items():
-        feature = record.features[name]
-        entries.append(
-            {"section": feature.section, "label": feature.label, "value": value, "unit": unit(feature).strip() or None}
-        )
-    return entries
-
-
 def _provenance(suite: Suite, facts: Mapping[str, Any]) -> dict[str, Any]:
     request = suite.request
     return {
@@ -483,6 +372,21 @@ def _provenance(suite: Suite, facts: Mapping[str, Any]) -> dict[str, Any]:
         "samples": request.samples,
         "seed": request.seed,
     }
+
+
+def _adapter(model: str) -> tuple[Path | None, str]:
+    """The adapter folder that `model` is, if it is one, and what is loaded under it.
+
+    Raises:
+        ModelError: an adapter that names no base model, or holds no weights.
+    """
+    folder = Path(model)
+    if not (folder / "adapter_config.json").is_file():
+        return None, model
+    base = base_of(model)
+    if base is None or not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{folder}: not the adapter folder of a run: no provenance.json, or no weights")
+    return folder, base
 
 
 def base_of(model: str) -> str | None:

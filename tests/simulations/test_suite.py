@@ -4,10 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from wardround.common.cli import main
+from wardround.common.config import LoraConfig, ModelConfig
 from wardround.common.dictionary import load_dictionary
 from wardround.common.evaluation_file import read_evaluation
+from wardround.common.lm.models import load
 from wardround.server.review.items import read_study
 from wardround.simulations import registries
 
@@ -95,6 +98,28 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_figures(
     assert "Death within a year" in " ".join(out.split())
 
 
+def test_calibrated_rows_have_no_liking_for_a_letter_left(
+    made: Path, capsys: pytest.CaptureFixture[str], tiny_model_path: Path
+) -> None:
+    args = ["--base", tiny_model_path, "--out", made, *ARGS, "--beside", f"central={tiny_model_path}", "--spoken", 0]
+    code, out, err = run(
+        capsys,
+        "evaluate",
+        tiny_model_path,
+        *args,
+        "--tasks",
+        "stroke-mortality",
+        "--calibrate",
+        "--no-tabular",
+        "--json",
+    )
+    assert code == 0, err
+    [task] = json.loads(out)["tasks"]
+    assert list(task["models"]) == ["base", "central", "base, calibrated", "final, calibrated", "final"]
+    liked = {name: found["by_options"][0]["chosen"][0] for name, found in task["position"]["models"].items()}
+    assert abs(liked["final, calibrated"] - 0.5) < 0.12 < abs(liked["final"] - 0.5)
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -105,6 +130,19 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_figures(
         (["m", "--out", "o", "--tasks", "ist-death14"], "--table ist_stroke=FILE"),
         (["m", "--out", "o", "--tasks", "ist-death14", "--table", "ist_stroke=none.csv"], "cannot be read"),
         (["m", "--out", "o", "--samples", "5"], "reasoning_tokens above 0"),
+        (
+            [
+                "m",
+                "--out",
+                "o",
+                "--calibrate",
+                "--set",
+                "questions.reasoning_tokens=4",
+                "--set",
+                "grpo.expectation='sampled'",
+            ],
+            "reasoning_tokens = 0",
+        ),
         (["m", "--out", "o", "--site", "s.toml"], "belongs to a TABLE"),
         (["m", "t.csv", "d.toml", "--out", "o", "--tasks", "smart-mace"], "belongs to the suite"),
         (["m", "t.csv", "--out", "o"], "expected its DICTIONARY"),
@@ -143,6 +181,30 @@ def test_majority_of_samples_is_the_answer_and_votes_are_its_probabilities(
     assert list(task["models"]) == ["final"]
     assert task["models"]["final"]["brier"] is not None
     assert task["models"]["final"]["mean_length"]["value"] > 0
+
+
+def test_an_adapter_of_a_run_stands_beside_as_a_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model_path: Path
+) -> None:
+    """As a hospital's own training leaves it."""
+    lm = load(ModelConfig(id=str(tiny_model_path), device="cpu"), LoraConfig(), seed=0)
+    lm.set_vector(np.full(len(lm.vector(trainable_only=False)), 0.2, np.float32), trainable_only=False)
+    adapter = tmp_path / "adapter"
+    lm.save_adapter(adapter)
+    args = [*ARGS, "--base", tiny_model_path, "--tasks", "stroke-mortality", "--spoken", 0, "--no-tabular", "--json"]
+    args += ["--beside", f"local north={adapter}"]
+    code, _, err = run(capsys, "evaluate", tiny_model_path, "--out", tmp_path / "o", *args)
+    assert code == 2
+    assert "no provenance.json" in err
+    facts = {"dictionary_digest": "0" * 64, "split_key": "0a" * 32, "base_model": str(tiny_model_path)}
+    (adapter / "provenance.json").write_text(json.dumps(facts))
+    code, out, err = run(capsys, "evaluate", tiny_model_path, "--out", tmp_path / "o", *args)
+    assert code == 0, err
+    [task] = json.loads(out)["tasks"]
+    pairs = {pair["against"]: pair for pair in task["paired"] if pair["model"] == "final"}
+    assert list(task["models"]) == ["base", "local north", "final"]
+    assert (pairs["base"]["only_model"], pairs["base"]["only_against"]) == (0, 0)
+    assert pairs["local north"]["brier"]["difference"] != 0
 
 
 def test_models_of_two_divisions_of_a_registry_are_not_compared(
