@@ -34,7 +34,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..common import sums
 from ..common.adapter import Manifest
 from ..common.config import RunConfig, SiteConfig, load_site
 from ..common.dictionary import Dictionary, load_dictionary
@@ -333,15 +332,6 @@ class SiteRun:
             raise VerificationError("adapter manifest: this site's base model or adapter is another one")
         lm.set_vector(model.full, trainable_only=False)
         return lm
-
-    def test_inputs(self, schema_digest: str, warmup_digest: str) -> bytes:
-        """What the sum of test results depends on beside run, config and model."""
-        names = self.config.evaluation.tasks
-        if not names:
-            return sums.input_digest(schema_digest, warmup_digest)
-        from ..common.task_sums import run_tasks, tasks_digest
-
-        return sums.input_digest(schema_digest, warmup_digest, tasks_digest(run_tasks(names, self.site.dictionary)))
 
     def held_out(self, split: str, schema: Schema, n: int) -> list[Question]:
         """Up to `n` questions, one a patient, the same whenever asked: they do not depend on the round."""

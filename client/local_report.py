@@ -14,6 +14,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..common.files import write_atomic
 from ..common.statistics import MAJORITY, Tally
 
@@ -37,6 +40,7 @@ def write(
     labels: Mapping[str, str],
     samples: Sequence[Mapping[str, Any]],
     answer_only: bool,
+    tasks: Sequence[tuple[str, Mapping[str, NDArray[np.bool_]]]] = (),
 ) -> None:
     """Writes the page, whole or not at all, for its owner alone.
 
@@ -48,6 +52,7 @@ def write(
         labels: target → what a person calls it.
         samples: questions with each model's choice and text.
         answer_only: models are scored by letters alone; a sample's text was asked for beside.
+        tasks: of the run, each with its title and which answers of each model were right.
     """
     names = (*tally.models, MAJORITY)
     total = int(tally.n.sum())
@@ -64,6 +69,16 @@ def write(
         "<details><summary>By feature</summary>",
         _table("Questions, and how many were answered right", ("feature", "questions", *map(_label, names)), by_target),
         "</details>",
+        _table(
+            "Tasks: right answers",
+            ("task", *map(_label, tally.models)),
+            [
+                (title, *(f"{int(right[name].sum())} of {len(right[name])}" for name in tally.models))
+                for title, right in tasks
+            ],
+        )
+        if tasks
+        else "",
         "<h2>Sample questions</h2>" if samples else "",
         *(_sample(sample, labels, answer_only) for sample in samples),
     ]

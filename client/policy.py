@@ -226,13 +226,24 @@ def check_patients(policy: PolicyConfig, privacy: PrivacyConfig, patients: int) 
         _check_delta("the run's delta", privacy.delta, patients, "training patients here")
 
 
+def enough_test_patients(policy: PolicyConfig, asked: int) -> bool:
+    """Whether the answers of `asked` patients, one question each, may be added to a sum of test results.
+
+    Where they may not, the hospital adds zeros, which nobody sees. It counts who was asked, not who there is: how many
+    are asked is the coordinator's wish.
+    """
+    return asked >= policy.min_test_patients
+
+
 def check_test_patients(policy: PolicyConfig, patients: int) -> None:
-    """Refuses to score test patients where there are fewer than this hospital allows.
+    """Refuses to take part in a private run's test with fewer patients than this hospital allows.
+
+    Zeros would not do there: with one patient more they would all become counts, which the noise is not made for.
 
     Raises:
         RefusedError: names the limit. The text stays here; the number of patients is in it.
     """
-    if patients < policy.min_test_patients:
+    if not enough_test_patients(policy, patients):
         raise RefusedError(
             f"policy.min_test_patients: this hospital allows {policy.min_test_patients} or more, there are {patients}"
         )

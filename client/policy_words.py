@@ -120,9 +120,9 @@ _SENTENCES: Mapping[str, Callable[[PolicyConfig], str]] = {
         else "This hospital takes part with any number of training patients."
     ),
     "min_test_patients": lambda policy: (
-        f"With fewer than {policy.min_test_patients} test patients this hospital takes no part in the test results."
+        f"The answers of fewer than {policy.min_test_patients} test patients are not added to any sum of test results."
         if policy.min_test_patients > 1
-        else "This hospital takes part in the test results with any number of test patients."
+        else "The answers of any number of test patients are added to the sums of test results."
     ),
     "min_level_patients": lambda policy: (
         f"A question schema that shows a level of certainly fewer than {policy.min_level_patients} patients of all "

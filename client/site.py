@@ -304,9 +304,10 @@ def evaluate(site: Site, instruction: EvaluateInstruction) -> EvaluateReply:
             raise RefusedError("evaluate: test patients were already scored for another model")
         samples = str(record.values["samples"])
     else:
-        policy.check_test_patients(site.config.policy, len(site.patients_of("test")))
+        if run.config.privacy.enabled:
+            policy.check_test_patients(site.config.policy, len(site.patients_of("test")))
         counts, samples = _evaluate(run, instruction)
-        inputs = run.test_inputs(instruction.schema_digest, instruction.warmup_digest)
+        inputs = sums.input_digest(instruction.schema_digest, instruction.warmup_digest)
         given = payload.Payload(instruction.model_digest, inputs, np.zeros(0, np.uint32), counts)
         payload.store(run.folder, instruction.round_index, TEST, given)
         write_record(path, {"input_digest": wanted, "samples": samples})
@@ -344,8 +345,10 @@ def _scored(
     run: SiteRun, schema: Schema, warmup: GlobalModel, final: GlobalModel
 ) -> tuple[Tally, NDArray[np.int64], str]:
     """The tally of test questions, the sums of the run's tasks, and the samples that may be shown, as JSON."""
-    settings = run.config.evaluation
+    settings, limits = run.config.evaluation, run.site.config.policy
     questions = run.held_out("test", schema, settings.questions_per_site)
+    if not policy.enough_test_patients(limits, len(questions)):
+        questions = []
     tasks: list[Task] = []
     exams: list[Exam | None] = []
     of_tasks = np.zeros(0, np.int64)
@@ -356,12 +359,13 @@ def _scored(
         tasks = run_tasks(settings.tasks, run.site.dictionary)
         of_tasks = np.zeros(tasks_size(tasks, run.site.dictionary, EVALUATED), np.int64)
         exams = make_exams(run, schema, tasks)
-    if not questions:
+    if not questions and not any(exams):
         return Tally.empty(schema.names, EVALUATED), of_tasks, policy.NO_SAMPLES
     from .evaluation import evaluate_questions
 
     lm = run.language_model(warmup)
-    asked = [questions, *(exam.questions for exam in exams if exam is not None)]
+    able = [exam for exam in exams if exam is not None]
+    asked = [questions, *(exam.questions for exam in able)]
 
     def answers() -> list[Outcomes]:
         return [evaluate_questions(lm, some, run.template, run.config) for some in asked]
@@ -387,6 +391,10 @@ def _scored(
         labels={feature.name: feature.label for feature in run.site.dictionary.features},
         samples=samples,
         answer_only=run.config.questions.reasoning_tokens == 0,
+        tasks=[
+            (exam.task.title, {name: found[at].correct for name, found in every.items()})
+            for at, exam in enumerate(able, start=1)
+        ],
     )
     shared = policy.shares_samples(run.site.config.policy, run.site.dictionary)
     return tally, of_tasks, json.dumps(samples, sort_keys=True) if shared else policy.NO_SAMPLES

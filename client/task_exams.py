@@ -8,6 +8,7 @@ this hospital's policy does not allow, or that none of its patients can be asked
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -29,29 +30,22 @@ Ints = NDArray[np.int64]
 
 
 def make_exams(run: SiteRun, schema: Schema, tasks: Sequence[Task]) -> list[Exam | None]:
-    """Each task's questions, one a test patient, at most `evaluation.questions_per_site`; None: nobody can be asked."""
+    """Each task's questions, one a test patient, at most `evaluation.questions_per_site`.
+
+    None: nobody can be asked, or fewer than this hospital's policy adds to a sum.
+    """
     site, allowed = run.site, policy.allowed_targets(run.site.config.policy, schema.names)
     exams: list[Exam | None] = []
     for task in tasks:
         left = [name for name in task.targets or schema.names if name in allowed]
         rng = derive_rng(run.config.seed, "task", task.name, site.config.name)
-        try:
-            exams.append(
-                make_exam(
-                    task.model_copy(update={"targets": tuple(left)}),
-                    site.registry,
-                    site.splits,
-                    schema,
-                    run.template,
-                    run.config,
-                    run.config.evaluation.questions_per_site,
-                    rng,
-                )
-                if left
-                else None
-            )
-        except (ConfigError, RegistryError):  # the schema has none of its targets; nobody has a value
-            exams.append(None)
+        asked, most = task.model_copy(update={"targets": tuple(left)}), run.config.evaluation.questions_per_site
+        exam = None
+        if left:
+            with suppress(ConfigError, RegistryError):  # the schema has none of its targets; nobody has a value
+                exam = make_exam(asked, site.registry, site.splits, schema, run.template, run.config, most, rng)
+        enough = exam is not None and policy.enough_test_patients(site.config.policy, len(exam.questions))
+        exams.append(exam if enough else None)
     return exams
 
 

@@ -188,16 +188,27 @@ class EvaluationConfig(Frozen):
         4  # questions shown with both models' answers (public registries only)
     )
     sample_tokens: Annotated[int, Field(ge=0)] = 48  # of a sample's text where answers are scored without text
-    # Shipped tasks (configs/tasks) that test patients are asked besides, up to questions_per_site each: outcomes and
-    # features by age, sex, comorbidity and severity. Names only: a site reads no file that a coordinator names.
-    tasks: tuple[Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,64}$")], ...] = ()
+    # Tasks (common/tasks.py) that test patients are asked besides, up to questions_per_site each: outcomes and features
+    # by age, sex, comorbidity and severity. A name stands for a shipped one (configs/tasks); the config holds them in
+    # full, so that its digest says what is asked, and a site reads no file that a coordinator names.
+    tasks: tuple[dict[str, Any], ...] = ()
 
-    @field_validator("tasks")
+    @field_validator("tasks", mode="before")
     @classmethod
-    def each_once(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(tasks)) < len(tasks):
+    def in_full(cls, tasks: Any) -> Any:
+        from .tasks import Task, load_task  # which imports this module
+
+        if not isinstance(tasks, list | tuple):
+            raise ValueError("expected a list of tasks")
+        found: list[Task] = []
+        for item in cast("list[Any]", tasks):
+            if isinstance(item, str) and not re.fullmatch(r"[a-z0-9_-]{1,64}", item):
+                raise ValueError(f"expected the name of a shipped task, or a task in full, got '{item}'")
+            found.append(load_task(item) if isinstance(item, str) else Task.model_validate(item))
+        names = [task.name for task in found]
+        if len(set(names)) < len(names):
             raise ValueError("a task is named twice")
-        return tasks
+        return tuple(task.model_dump(mode="json", exclude_defaults=True) for task in found)
 
 
 class PrivacyConfig(Frozen):

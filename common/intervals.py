@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .distributions import fisher_exact
 from .statistics import Z80, Z95, wilson
 
 Floats = NDArray[np.float64]
@@ -214,6 +216,25 @@ def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
     result = np.empty(len(p))
     result[order] = np.minimum(1.0, corrected)
     return [float(value) for value in result]
+
+
+def independent_difference(right: int, of: int, other_right: int, other_of: int) -> dict[str, Any]:
+    """{"difference", "ci95", "p"} of two shares of different patients, one question each.
+
+    Newcombe's (1998) interval, method 10, from both Wilson intervals, and Fisher's exact test: both hold where all or
+    none are right, and where one group is small, which is where gaps are looked for.
+    """
+    share, rest = right / of, other_right / other_of
+    (low, high), (below, above) = wilson(right, of), wilson(other_right, other_of)
+    difference = share - rest
+    return {
+        "difference": difference,
+        "ci95": [
+            difference - math.hypot(share - low, above - rest),
+            difference + math.hypot(high - share, rest - below),
+        ],
+        "p": fisher_exact(right, of, other_right, other_of),
+    }
 
 
 def detectable_difference(n: float, discordance: float, design_effect: float = 1.0) -> float:

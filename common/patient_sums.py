@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from .distributions import t_quantile, t_two_sided
 from .errors import ProtocolError
 from .scored import MAJORITY, Scored
-from .statistics import MAX_COUNT, mcnemar_exact
+from .statistics import MAX_COUNT, mcnemar_exact, wilson
 
 Ints = NDArray[np.int64]
 
@@ -70,9 +70,18 @@ class ClusterSums:
         return math.sqrt(max(0.0, spread) * self.patients / (self.patients - 1)) / self.n
 
     def ci95(self, least: float = 0.0, most: float = 1.0) -> list[float]:
-        """95 % interval by t, cut off at the least and most possible; from one to the other for a single patient."""
+        """95 % interval by t, cut off at the least and most possible; from one to the other for a single patient.
+
+        What has no scatter is not certain: of a share of 0 or 1 it is Wilson's of the patients, of a difference
+        (`least` below 0) that is 0 for each of them the exact limit of what so few could have missed.
+        """
         if self.patients < 2:
             return [least, most]
+        if least < 0 and self.xx == 0:
+            missed = 1.0 - 0.025 ** (1.0 / self.patients)
+            return [-missed, missed]
+        if least >= 0 and self.x in (0, self.n):
+            return wilson(self.patients if self.x else 0, self.patients)
         half = t_quantile(0.975, self.patients - 1) * self.standard_error
         return [max(least, self.value - half), min(most, self.value + half)]
 

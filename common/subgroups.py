@@ -3,11 +3,13 @@
 Role: wherever questions were scored. Pure. Enters: scored questions with the stratum of each on every axis (site, age,
 sex, comorbidity, severity, period). Leaves: a table per axis. Private: a stratum of few patients says much about each
 of them. Those of fewer than `min_cell` patients are not reported, and where what is left out of an axis is smaller than
-that together, the next smallest stratum is left out as well, so that no small group follows from the total minus the
-rows. That is a courtesy, not a guarantee: axes can still be played against each other.
+that together, the next smallest stratum is left out as well, so that no small one follows from the total minus the
+rows; patients whose value is not known are no stratum, and a few of them hide nobody else. That is a courtesy, not a
+guarantee: axes can still be played against each other.
 
-Intervals are of the bootstrap by patient. p-values of changes are of the exact sign-flip test by patient, those of gaps
-are normal; Holm's correction runs over all strata of all axes, one family for each model.
+Intervals are of the bootstrap by patient. p-values of changes are of the exact sign-flip test by patient. Gaps are of
+different patients: Newcombe's interval and Fisher's test where each has one question, else bootstrap and normal. Holm's
+correction runs over all strata of all axes, one family for each model.
 """
 
 from __future__ import annotations
@@ -20,7 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .distributions import chi_square_tail
-from .intervals import PatientBootstrap, bounds, difference_bounds, holm, share_bounds, sign_flip_p
+from .intervals import (
+    PatientBootstrap,
+    bounds,
+    difference_bounds,
+    holm,
+    independent_difference,
+    share_bounds,
+    sign_flip_p,
+)
 from .scored import Scored, groups
 
 Floats = NDArray[np.float64]
@@ -48,7 +58,8 @@ def reported(labels: Sequence[str], patients: Ints, min_cell: int) -> tuple[dict
         hidden = np.concatenate([unknown, *(rows[label] for label in left_out)])
         n = len(np.unique(patients[hidden]))
         shown = [label for label in rows if label not in left_out]
-        if n == 0 or n >= min_cell or not shown:
+        # A few of whom a value is not known are no stratum, and alone hide nobody.
+        if not left_out or n >= min_cell or not shown:
             break
         left_out.append(min(shown, key=lambda label: size[label]))
     kept = {label: rows[label] for label in shown}
@@ -144,7 +155,7 @@ def _strata(scored: Scored, reference: str, bootstrap: PatientBootstrap, kept: d
             changed = _ratio(sums[model][:, column] - sums[reference][:, column], inside[:, column])
             models[model] = {
                 "accuracy": {"value": float(share[0]), "ci95": share_bounds(share, patients)},
-                "gap": _gap(share - rest) if outside[0, column] else None,
+                "gap": _gap(share - rest, right[model], mask[:, column], bootstrap) if outside[0, column] else None,
                 "change": None
                 if model == reference
                 else paired_difference(right[model], right[reference], changed, rows, bootstrap),
@@ -157,7 +168,15 @@ def _ratio(above: Floats, below: Floats) -> Floats:
     return np.divide(above, below, out=np.full_like(above, np.nan), where=below != 0)
 
 
-def _gap(values: Floats) -> dict[str, Any]:
+def _gap(
+    values: Floats, right: NDArray[np.bool_], inside: NDArray[np.bool_], bootstrap: PatientBootstrap
+) -> dict[str, Any]:
+    """A stratum minus everybody else: exact where each patient has one question, else of the bootstrap and normal."""
+    if bootstrap.n_patients == len(right):
+        others = ~inside
+        return independent_difference(
+            int(right[inside].sum()), int(inside.sum()), int(right[others].sum()), int(others.sum())
+        )
     error = float(np.nanstd(values[1:])) if len(values) > 1 else 0.0
     p = math.erfc(abs(float(values[0])) / error / math.sqrt(2)) if error > 0 else 1.0
     return {"difference": float(values[0]), "ci95": bounds(values), "p": p}

@@ -13,8 +13,6 @@ which it has. Not had from sums: calibration curves, balanced accuracy, position
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,44 +25,43 @@ from .dictionary import Dictionary
 from .errors import ConfigError, ProtocolError
 from .event_sums import EVENT_SIZE, EventSums
 from .findings import figures, points
-from .intervals import detectable_difference
-from .metrics import event_probability
+from .intervals import detectable_difference, independent_difference
+from .metrics import event_probability, majority_classes
 from .model_figures import says_probabilities
 from .patient_sums import ClusterSums, PatientSums, sums_size
 from .scored import MAJORITY, Scored
 from .statistics import CHANCE_UNIT, MAX_COUNT, Z95
 from .subgroups import correct_family, shown_direction
-from .tasks import Task, load_task
+from .tasks import Task
 
 Ints = NDArray[np.int64]
 Cell = tuple[str, str]  # axis and stratum; ("", "") is everybody
 EVERYBODY: Cell = ("", "")
+CLASS: Cell = ("", "class")  # patients with the event; of features, those whose value is the most frequent option
 MIN_CELL = 10
 
 
-def run_tasks(names: Sequence[str], dictionary: Dictionary) -> list[Task]:
-    """The shipped tasks that a run's config names, checked against its dictionary.
+def run_tasks(tasks: Sequence[Mapping[str, Any]], dictionary: Dictionary) -> list[Task]:
+    """The tasks that a run's config holds, checked against its dictionary.
 
     Raises:
-        ConfigError: no such task, one that is answered in free text, or one that this dictionary cannot serve.
+        ConfigError: one that is answered in free text, or one that this dictionary cannot serve.
     """
-    tasks = [load_task(name) for name in names]
-    for task in tasks:
+    found = [Task.model_validate(task) for task in tasks]
+    for task in found:
         if task.kind == "open":
             raise ConfigError(f"evaluation.tasks: '{task.name}' is answered in free text, which leaves no hospital")
         task.check(dictionary)
-    return tasks
-
-
-def tasks_digest(tasks: Sequence[Task]) -> str:
-    """SHA-256 hex of the tasks' content: hospitals of another version of one would count something else."""
-    content = json.dumps([task.model_dump(mode="json") for task in tasks], sort_keys=True)
-    return hashlib.sha256(b"wardround tasks 1\0" + content.encode()).hexdigest()
+    return found
 
 
 def cells_of(task: Task, dictionary: Dictionary) -> list[Cell]:
-    """Everybody, then every stratum of every axis."""
-    return [EVERYBODY, *((axis, label) for axis, by in task.strata.items() for label in by.labels(dictionary))]
+    """Everybody, the class of the event (or of the most frequent option), every stratum of every axis, axes by name.
+
+    For a config that went through JSON may have them in another order.
+    """
+    strata = [(axis, label) for axis, by in sorted(task.strata.items()) for label in by.labels(dictionary)]
+    return [EVERYBODY, CLASS, *strata]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +88,12 @@ class TaskSums:
             return cls.from_vector(np.zeros(task_size(task, dictionary, models), np.int64), task, dictionary, models)
         right = np.stack([scored.correct(name) for name in (*models, MAJORITY)], axis=1)
         cells: dict[Cell, PatientSums] = {}
+        classes = majority_classes(scored.answer, scored.majority, scored.event)
         for axis, label in cells_of(task, dictionary):
-            own = np.array([not axis or stratum == label for stratum in scored.strata.get(axis, ("",) * len(scored))])
+            if axis:
+                own = np.array([stratum == label for stratum in scored.strata.get(axis, ("",) * len(scored))])
+            else:
+                own = classes == 1 if label else np.ones(len(scored), np.bool_)
             cells[axis, label] = PatientSums.of_answers(models, scored.patients[own], right[own])
         events: dict[str, EventSums] = {}
         if task.event is not None:
@@ -138,13 +139,14 @@ class TaskSums:
         return found
 
     def _check(self) -> None:
-        total = self.cells[EVERYBODY]
-        inside = dict.fromkeys(self.task.strata, 0)
-        for (axis, _), cell in self.cells.items():
-            if axis:
-                inside[axis] += cell.patients
-        fits = all(number <= total.patients for number in inside.values())
-        fits = fits and all(event.n <= total.patients for event in self.events.values())
+        """One question a patient, strata of an axis that are other people, and nobody in one who is not in all."""
+        whole = self.cells[EVERYBODY]
+        fits = all(cell.patients == cell.first[0] == cell.second[0, 0] for cell in self.cells.values())
+        for axis in ("", *self.task.strata):
+            own = [cell for (of, label), cell in self.cells.items() if of == axis and label]
+            if own:
+                fits = fits and bool(np.all(sum(cell.to_vector() for cell in own) <= whole.to_vector()))
+        fits = fits and all(event.n <= whole.patients for event in self.events.values())
         fits = fits and len({(event.n, event.events) for event in self.events.values()}) <= 1
         fits = fits and self.questions * CHANCE_UNIT <= 10 * self.chance <= 10 * self.questions * CHANCE_UNIT
         if not fits:
@@ -186,16 +188,35 @@ def read(
 
 
 def told(
-    found: Sequence[TaskSums], pooled: PatientSums | None, reference: str, final: str, min_cell: int = MIN_CELL
+    vector: Ints,
+    tasks: Sequence[Task],
+    dictionary: Dictionary,
+    models: Sequence[str],
+    reference: str,
+    final: str,
+    most_questions: int,
+    min_cell: int = MIN_CELL,
 ) -> dict[str, Any]:
-    """What a run's evaluation.json says of its tasks: "tasks", one entry each, and "all_tasks", None of a single one.
+    """What a run's evaluation.json says of its tasks.
 
     Args:
-        found, pooled: as `read` gives them, summed over hospitals.
+        vector: what the hospitals sent of all tasks, summed.
+        tasks, dictionary, models: as at the hospitals.
         reference: what changes are taken against: the model before the rounds.
         final: the model after them.
+        most_questions: that the hospitals were asked to ask of a task, all together.
         min_cell: fewest patients of whom anything is told.
+
+    Returns:
+        "tasks", one entry each; "all_tasks", None of a single one. Where a hospital sent what cannot be, which only the
+        sum shows, there are none, and "tasks_unreadable" says so: the run's other results do not depend on it.
     """
+    try:
+        found, pooled = read(vector, tasks, dictionary, models)
+        if any(one.questions > most_questions for one in found):
+            raise ProtocolError("sums of tasks: of more questions than were asked for")
+    except ProtocolError as error:
+        return {"tasks": [], "all_tasks": None, "tasks_unreadable": str(error)}
     everything = None
     if pooled is not None and pooled.patients >= min_cell:
         everything = {**_size(pooled), "models": _accuracies(pooled), "paired": _pairs(pooled, final)}
@@ -209,6 +230,10 @@ def _told(sums: TaskSums, reference: str, final: str, min_cell: int) -> dict[str
         why = f"{total.patients} patients were asked, too few to tell anything of (expected {min_cell} or more)"
         return {**about, "findings": [why]}
     models = _accuracies(total)
+    have, others = sums.cells[CLASS], total.without(sums.cells[CLASS])
+    if min(have.patients, others.patients) >= min_cell:
+        for name, figures in models.items():
+            figures["balanced_accuracy"] = _mean(have.accuracy(name), others.accuracy(name))
     for name, event in sums.events.items():
         fewest = min(event.events, event.n - event.events)
         models[name]["event"] = _event(event) if fewest >= min_cell else None
@@ -237,6 +262,12 @@ def _accuracies(sums: PatientSums) -> dict[str, dict[str, Any]]:
     return {name: {"accuracy": _figure(sums.accuracy(name))} for name in (*sums.models, MAJORITY)}
 
 
+def _mean(one: ClusterSums, other: ClusterSums) -> dict[str, Any]:
+    """Of the accuracies in two groups of other people: balanced accuracy."""
+    value, half = (one.value + other.value) / 2, Z95 * math.hypot(one.standard_error, other.standard_error) / 2
+    return {"value": value, "ci95": [max(0.0, value - half), min(1.0, value + half)]}
+
+
 def _event(event: EventSums) -> dict[str, Any]:
     (area, about_area), (score, about_score) = event.auroc(), event.brier()
     return {
@@ -262,7 +293,7 @@ def _pairs(sums: PatientSums, final: str) -> list[dict[str, Any]]:
 def _subgroups(sums: TaskSums, reference: str, final: str, min_cell: int) -> dict[str, Any]:
     """As common/subgroups.py tells them, for the final model: accuracy, gap to everybody else, change."""
     total, axes = sums.cells[EVERYBODY], dict[str, Any]()
-    for axis in sums.task.strata:
+    for axis in sorted(sums.task.strata):
         cells = {label: cell for (of, label), cell in sums.cells.items() if of == axis and cell.patients}
         kept = shown_cells({label: cell.patients for label, cell in cells.items()}, total.patients, min_cell)
         hidden = total.patients - sum(cells[label].patients for label in kept)
@@ -288,26 +319,22 @@ def _subgroups(sums: TaskSums, reference: str, final: str, min_cell: int) -> dic
 
 
 def shown_cells(patients: Mapping[str, int], total: int, min_cell: int) -> list[str]:
-    """The strata that may be told: of `min_cell` patients or more, and no small rest follows by subtraction.
+    """The strata that may be told: of `min_cell` patients or more, and no smaller one follows by subtraction.
+
+    Patients whose value is not known are no stratum: a few of them alone hide nobody else.
 
     >>> shown_cells({"young": 40, "old": 12, "oldest": 3}, 55, 10)
     ['young']
     """
     shown = [label for label, number in patients.items() if number >= min_cell]
-    while shown and 0 < total - sum(patients[label] for label in shown) < min_cell:
+    while 0 < len(shown) < len(patients) and total - sum(patients[label] for label in shown) < min_cell:
         shown.remove(min(shown, key=lambda label: patients[label]))
     return shown
 
 
 def _gap(inside: ClusterSums, outside: ClusterSums) -> dict[str, Any] | None:
-    """A stratum minus everybody else, who are other patients; None where nobody else is."""
-    if outside.patients < 2 or inside.patients < 2:
-        return None
-    difference = inside.value - outside.value
-    error = math.hypot(inside.standard_error, outside.standard_error)
-    low, high = max(-1.0, difference - Z95 * error), min(1.0, difference + Z95 * error)
-    p = math.erfc(abs(difference) / error / math.sqrt(2)) if error else 1.0
-    return {"difference": difference, "ci95": [low, high], "p": p}
+    """A stratum minus everybody else, who are other patients of one question each; None where nobody else is."""
+    return independent_difference(inside.x, inside.n, outside.x, outside.n) if outside.n else None
 
 
 def compared(pair: Mapping[str, Any], n: int) -> str:

@@ -124,6 +124,7 @@ def model_card(what: str, facts: Mapping[str, Any], evaluation: Mapping[str, Any
         p=facts,
         evaluation=evaluation,
         verdict=evaluate.verdict(evaluation) if evaluation else "",
+        tasks=evaluation.get("tasks", ()),
         baselines=evaluate.baselines(evaluation) if evaluation else "",
         rows=shown,
         privacy=privacy_statement(facts),

@@ -38,7 +38,7 @@ from ..common.question import load_prompt
 from ..common.schema import Schema, derive_schema
 from ..common.secagg.keys import COUNTS, TEST
 from ..common.statistics import Tally, tally_size
-from ..common.task_sums import read, run_tasks, tasks_digest, tasks_size, told
+from ..common.task_sums import run_tasks, tasks_size, told
 from ..common.tasks import Task
 from .aggregation import Sums, Total, Work
 from .evaluate import MODELS, evaluate, read_samples, write_evaluation
@@ -143,17 +143,12 @@ class Coordinator:
                         self.journal.write("evaluate-samples", {"samples": samples})
 
             private, tasks = self.config.privacy.enabled, self.tasks
-            about = [tasks_digest(tasks)] if tasks else []
-            inputs = sums.input_digest(schema.digest(), warmup.digest, *about)
+            inputs = sums.input_digest(schema.digest(), warmup.digest)
             size = 2 ** (len(MODELS) + 1) if private else tally_size(schema.names, MODELS)
             more = tasks_size(tasks, self.dictionary, MODELS) if tasks else 0
             total = self.sums.total(Work("evaluate", "evaluate", TEST, instruction, 0, size + more, inputs, take))
             counts, of_tasks = np.split(total.tail, [size])
             tally = self._tally(counts, schema, len(total.sites))
-            if tasks:
-                found, _ = read(of_tasks, tasks, self.dictionary, MODELS)
-                if any(one.questions > len(total.sites) * settings.questions_per_site for one in found):
-                    raise ProtocolError("sum of a task's results: of more questions than were asked for")
             if not private and tally.n.sum() > len(total.sites) * settings.questions_per_site:
                 raise ProtocolError("sum of test counts: of more questions than were asked for")
             if self.journal.has("evaluate-samples"):
@@ -169,8 +164,8 @@ class Coordinator:
         sections = {feature.name: feature.section for feature in self.dictionary.features} | {EVERYTHING: "all"}
         result = evaluate(tally, sites, sections, settings.bootstrap_samples, self.config.seed)
         if self.tasks:
-            found, pooled = read(record.vectors["tasks"], self.tasks, self.dictionary, MODELS)
-            result |= told(found, pooled, "warmup" if self.config.warmup.enabled else "base", "final")
+            before, most = "warmup" if self.config.warmup.enabled else "base", sites * settings.questions_per_site
+            result |= told(record.vectors["tasks"], self.tasks, self.dictionary, MODELS, before, "final", most)
         write_evaluation(self.out / "evaluation.json", result)
         return result
 

@@ -27,6 +27,7 @@ def task(told: Mapping[str, Any]) -> dict[str, Any]:
                 "label": LABELS.get(name, name),
                 "main": name == told["final"],
                 "accuracy": _with_bounds(figures["accuracy"]),
+                "balanced": _with_bounds(figures["balanced_accuracy"]) if "balanced_accuracy" in figures else ("", ""),
                 "auroc": _area(event["auroc"]) if event else None,
                 "brier": f"{event['brier']['value']:.3f}" if event else "",
                 "final_minus": _difference(pair) if pair else ("", ""),
@@ -39,6 +40,7 @@ def task(told: Mapping[str, Any]) -> dict[str, Any]:
         "axes": {axis: [_subgroup(row) for row in table["strata"]] for axis, table in tables.items()},
         "hidden": {axis: table["hidden_patients"] for axis, table in tables.items()},
         "before": LABELS.get(told["reference"], told["reference"]),
+        "balanced": "balanced_accuracy" in told["models"][told["final"]],
         "ranked": rows[0]["auroc"] is not None,
         "bins": BINS,
     }
@@ -50,6 +52,8 @@ def lines(evaluation: Mapping[str, Any]) -> Iterator[str]:
         yield f"{told['name']}: {told['n']:,} questions of {told['patients']:,} patients"
         for finding in told["findings"]:
             yield f"  {finding}"
+    if "tasks_unreadable" in evaluation:
+        yield f"the tasks have no result: {evaluation['tasks_unreadable']}"
     if together := all_tasks(evaluation):
         yield together
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, fisher_exact
 from statsmodels.stats.multitest import multipletests
 from wardround.common.intervals import (
     PatientBootstrap,
@@ -17,6 +17,7 @@ from wardround.common.intervals import (
     difference_bounds,
     distance_interval,
     holm,
+    independent_difference,
     share_bounds,
     sign_flip_p,
 )
@@ -169,3 +170,31 @@ def test_fewer_or_more_alike_questions_see_less() -> None:
     assert detectable_difference(100, 0.2) > detectable_difference(300, 0.2) > detectable_difference(300, 0.1)
     assert 0.02 < detectable_difference(300, 0.0) < 0.05  # no answer differed: one-sided differing ones would be seen
     assert detectable_difference(2, 0.5) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_two_shares_are_compared_by_fishers_test_as_scipy_does_it(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    of, other = int(rng.integers(1, 60)), int(rng.integers(1, 900))
+    right, rest = int(rng.integers(0, of + 1)), int(rng.integers(0, other + 1))
+    expected = float(fisher_exact([[right, of - right], [rest, other - rest]]).pvalue)
+    assert independent_difference(right, of, rest, other)["p"] == pytest.approx(expected, rel=1e-6, abs=1e-300)
+
+
+def test_the_interval_of_two_shares_is_newcombes_tenth() -> None:
+    """Newcombe (1998), Statistics in Medicine 17, 873, table II: 56/70 - 48/80 and 10/10 - 0/10."""
+    assert independent_difference(56, 70, 48, 80)["ci95"] == pytest.approx([0.0524, 0.3339], abs=5e-5)
+    assert independent_difference(10, 10, 0, 10)["ci95"] == pytest.approx([0.6075, 1.0], abs=5e-5)
+
+
+def test_a_small_group_that_is_all_right_is_seldom_said_to_differ() -> None:
+    """Where a normal test from the scatter inside the group, which is none, would say so always."""
+    rng = np.random.default_rng(1)
+    said = 0
+    for _ in range(2000):
+        found = independent_difference(int(rng.binomial(12, 0.9)), 12, int(rng.binomial(1000, 0.9)), 1000)
+        said += found["p"] < 0.05
+        assert found["ci95"][0] <= found["difference"] <= found["ci95"][1]
+    assert said < 0.05 * 2000
+    certain = independent_difference(10, 10, 600, 1000)
+    assert certain["p"] == pytest.approx(0.00774, abs=5e-6) and certain["ci95"][0] > 0

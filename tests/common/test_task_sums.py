@@ -8,26 +8,25 @@ import pytest
 from wardround.common.config import packaged
 from wardround.common.dictionary import load_dictionary
 from wardround.common.errors import ConfigError, ProtocolError
-from wardround.common.patient_sums import PatientSums
+from wardround.common.patient_sums import PatientSums, sums_size
 from wardround.common.scored import MAJORITY, Scored, concat
 from wardround.common.summary import summarise_task
 from wardround.common.task_sums import (
     TaskSums,
     cells_of,
-    read,
     run_tasks,
     shown_cells,
     task_size,
-    tasks_digest,
     tasks_size,
     told,
 )
+from wardround.common.tasks import load_task
 
 from .scored_case import AGES, simulated
 
 MODELS = ("base", "warmup", "final")
 DICTIONARY = load_dictionary(packaged("registries", "support_icu.toml"))
-TASK, DENOISING = run_tasks(["support-mortality", "support-denoising"], DICTIONARY)
+TASK = load_task("support-mortality")
 AGE = dict(zip(AGES, TASK.strata["age"].labels(DICTIONARY), strict=True))
 
 
@@ -43,8 +42,9 @@ def summed(scored: list[Scored]) -> TaskSums:
     return TaskSums.from_vector(np.sum(vectors, axis=0), TASK, DICTIONARY, MODELS)
 
 
-def report(sums: TaskSums, **more: Any) -> dict[str, Any]:
-    return told([sums], None, "warmup", "final", **more)["tasks"][0]
+def report(sums: TaskSums) -> dict[str, Any]:
+    most = sums.questions
+    return told(sums.to_vector(), [TASK], DICTIONARY, MODELS, "warmup", "final", most)["tasks"][0]
 
 
 def test_hospitals_together_tell_what_one_place_tells():
@@ -60,6 +60,9 @@ def test_hospitals_together_tell_what_one_place_tells():
         area, wanted = got["models"][model]["event"]["auroc"], one["models"][model]["event"]["auroc"]
         assert area["value"] == pytest.approx(wanted["value"], abs=0.005)
         assert area["ci95"] == pytest.approx(wanted["ci95"], abs=0.012)
+        balanced = got["models"][model]["balanced_accuracy"]
+        assert balanced["value"] == pytest.approx(one["models"][model]["balanced_accuracy"]["value"])
+        assert balanced["ci95"] == pytest.approx(one["models"][model]["balanced_accuracy"]["ci95"], abs=0.012)
         brier = got["models"][model]["event"]["brier"]
         assert brier["value"] == pytest.approx(one["models"][model]["event"]["brier"]["value"], abs=1e-5)
     assert got["models"][MAJORITY]["accuracy"]["value"] == pytest.approx(one["majority"]["accuracy"]["value"])
@@ -104,9 +107,13 @@ def test_axes_of_which_no_value_is_known_have_no_rows():
 def test_groups_of_few_patients_and_what_would_give_them_away_are_left_out():
     assert shown_cells({"a": 40, "b": 12, "c": 3}, 55, 10) == ["a"]
     assert shown_cells({"a": 40, "b": 12, "c": 11}, 63, 10) == ["a", "b", "c"]
-    assert shown_cells({"a": 40}, 45, 10) == []
+    assert shown_cells({"a": 40, "b": 4, "c": 3}, 60, 10) == ["a"]  # with 13 of unknown value, 20 are left out
     few = summed([hospital(1, n=9)])
     assert "models" not in report(few) and "too few" in report(few)["findings"][0]
+
+
+def test_a_few_patients_whose_value_is_not_known_hide_nobody():
+    assert shown_cells({"male": 503, "female": 494}, 1000, 10) == ["male", "female"]
 
 
 def test_a_hospital_without_questions_adds_zeros():
@@ -140,15 +147,53 @@ def test_all_tasks_together_count_a_patient_of_two_tasks_once():
     vector = np.concatenate([*(part.to_vector() for part in parts), pooled.to_vector()])
     tasks = [TASK, TASK]
     assert len(vector) == tasks_size(tasks, DICTIONARY, MODELS)
-    found, together = read(vector, tasks, DICTIONARY, MODELS)
-    assert together is not None
-    summary = told(found, together, "warmup", "final")
+    summary = told(vector, tasks, DICTIONARY, MODELS, "warmup", "final", 120)
     assert (summary["all_tasks"]["n"], summary["all_tasks"]["patients"]) == (240, 120)
     pair = summary["all_tasks"]["paired"][0]
     assert pair["only_model"] is None and 0 <= pair["p"] <= 1
-    vector[-1 - len(pooled.to_vector())] += 1
-    with pytest.raises(ProtocolError):
-        read(vector[:-1], tasks, DICTIONARY, MODELS)
+
+
+def two_tasks() -> np.ndarray:
+    """What a hospital sends of two tasks."""
+    one = hospital(1, n=120)
+    right = np.stack([one.correct(m) for m in (*MODELS, MAJORITY)], axis=1)
+    pooled = PatientSums.of_answers(MODELS, np.tile(one.patients, 2), np.concatenate([right, right]))
+    part = TaskSums.of(one, TASK, DICTIONARY, MODELS).to_vector()
+    return np.concatenate([part, part, pooled.to_vector()])
+
+
+def test_more_questions_over_all_tasks_than_in_them_are_no_result_and_cost_no_other():
+    vector = two_tasks()
+    size = sums_size(MODELS)
+    for place in (1, size - 10):  # questions, and the sum of their squares
+        assert vector[-size:][place] > 0
+    vector[len(vector) - size + 1] += 1
+    vector[len(vector) - size + 1 + len(MODELS) + 2] += 3
+    found = told(vector, [TASK, TASK], DICTIONARY, MODELS, "warmup", "final", 120)
+    assert found["tasks"] == [] and found["all_tasks"] is None
+    assert "another number of questions" in found["tasks_unreadable"]
+
+
+def test_more_questions_than_were_asked_for_are_no_result():
+    found = told(two_tasks(), [TASK, TASK], DICTIONARY, MODELS, "warmup", "final", 119)
+    assert found["tasks"] == [] and "more questions" in found["tasks_unreadable"]
+
+
+def test_the_order_of_axes_in_a_config_changes_no_place_in_the_sums():
+    other = TASK.model_copy(update={"strata": dict(reversed(TASK.strata.items()))})
+    assert list(other.strata) != list(TASK.strata)
+    assert cells_of(other, DICTIONARY) == cells_of(TASK, DICTIONARY)
+
+
+@pytest.mark.parametrize("axis", ["age", "sex"])
+def test_a_stratum_of_more_than_everybody_is_refused(axis: str):
+    """What would else be a group of fewer than nobody."""
+    sums = TaskSums.of(hospital(1), TASK, DICTIONARY, MODELS)
+    label = next(label for of, label in sums.cells if of == axis)
+    many = PatientSums.of(hospital(2, n=400))
+    wrong = replace(sums, cells={**sums.cells, (axis, label): many})
+    with pytest.raises(ProtocolError, match="contradict"):
+        TaskSums.from_vector(wrong.to_vector(), TASK, DICTIONARY, MODELS)
 
 
 @pytest.mark.parametrize("place", range(0, 40, 3))
@@ -166,15 +211,6 @@ def test_more_patients_with_probabilities_than_patients_are_refused():
         TaskSums.from_vector(vector, TASK, DICTIONARY, MODELS)
 
 
-def test_a_changed_task_has_another_digest():
-    changed = TASK.model_copy(update={"known_before": 3})
-    assert tasks_digest([TASK]) != tasks_digest([changed]) != tasks_digest([DENOISING])
-
-
-@pytest.mark.parametrize(
-    "name, said",
-    [("no-such", "no such task"), ("support-antibiotics", "free text"), ("smart-mace", "made for registry 'smart'")],
-)
-def test_a_task_that_the_run_cannot_ask_is_refused(name: str, said: str):
-    with pytest.raises(ConfigError, match=said):
-        run_tasks([name], DICTIONARY)
+def test_a_task_of_another_registry_is_refused():
+    with pytest.raises(ConfigError, match="made for registry 'smart'"):
+        run_tasks([load_task("smart-mace").model_dump()], DICTIONARY)

@@ -12,6 +12,7 @@ from wardround.client import task_exams
 from wardround.client.exam import Exam, answered
 from wardround.client.folder import Site, SiteRun
 from wardround.common.config import RunConfig, to_toml
+from wardround.common.dictionary import load_dictionary
 from wardround.common.errors import ConfigError
 from wardround.common.files import read_record
 from wardround.common.messages import SchemaInstruction
@@ -19,8 +20,10 @@ from wardround.common.schema import Schema
 from wardround.common.scored import MAJORITY, concat
 from wardround.common.summary import summarise_task
 from wardround.common.task_sums import run_tasks
+from wardround.server.tracking import SilentProgress
 from wardround.simulations.cli import simulate as command
 from wardround.simulations.federation import simulate
+from wardround.simulations.registries import dictionary_path
 
 pytestmark = pytest.mark.usefixtures("cheap_scrypt")
 
@@ -144,11 +147,11 @@ def test_a_hospital_that_never_asks_an_outcome_adds_nothing_to_its_task(
     about = {"run_id": "0" * 32, "round_index": 1, "config": config.to_json(), "config_digest": config.digest()}
     site_run = SiteRun(limited, SchemaInstruction(**about, model_digest="m", schema="{}"))
     schema = Schema.from_json((run[0] / "schema.json").read_text())
-    mortality, denoising = task_exams.make_exams(site_run, schema, run_tasks(TASKS, site.dictionary))
+    mortality, denoising = task_exams.make_exams(site_run, schema, run_tasks(config.evaluation.tasks, site.dictionary))
     assert mortality is None
     assert denoising is not None and "age" not in {question.target for question in denoising.questions}
     nothing = task_exams.task_vector(
-        run_tasks(TASKS[:1], site.dictionary), [None], {name: [] for name in MODELS}, site.dictionary
+        run_tasks(config.evaluation.tasks[:1], site.dictionary), [None], {name: [] for name in MODELS}, site.dictionary
     )
     assert not np.any(nothing)
 
@@ -164,10 +167,38 @@ def test_a_hospital_that_never_asks_an_outcome_adds_nothing_to_its_task(
 def test_a_task_that_cannot_be_asked_is_refused_before_anything_is_trained(
     tasks: list[str], said: str, tmp_path: Path, tiny_model_path: Path
 ):
-    config = settings(tiny_model_path, evaluation={"questions_per_site": 4, "tasks": tasks})
     with pytest.raises(ConfigError, match=said):
+        config = settings(tiny_model_path, evaluation={"questions_per_site": 4, "tasks": tasks})
         simulate(config, tmp_path / "run", resume=False)
     assert not (tmp_path / "run" / "journal" / "warmup.record").exists()
+
+
+def test_the_config_holds_its_tasks_in_full_so_that_its_digest_says_what_is_asked(tiny_model_path: Path):
+    config = settings(tiny_model_path)
+    assert [task["targets"] for task in config.evaluation.tasks if "targets" in task] == [["hospdead"]]
+    assert RunConfig.model_validate(json.loads(config.to_json())).digest() == config.digest()
+    own = {**config.evaluation.tasks[0], "name": "our-deaths", "known_before": 2}
+    other = settings(tiny_model_path, evaluation={"tasks": [own]})
+    assert run_tasks(other.evaluation.tasks, load_dictionary(dictionary_path("support_icu")))[0].known_before == 2
+    assert other.digest() != settings(tiny_model_path, evaluation={"tasks": [{**own, "known_before": 3}]}).digest()
+
+
+def test_answers_of_fewer_patients_than_a_hospital_allows_are_in_no_sum(
+    run: tuple[Path, dict[str, Any], Seen], tmp_path: Path, tiny_model_path: Path
+):
+    """Whatever the coordinator asks for; nobody sees which hospital it was."""
+    config, out = settings(tiny_model_path), tmp_path / "run"
+
+    class Stricter(SilentProgress):
+        def begin(self, phase: str, round_index: int, sites: object) -> None:
+            if phase == "evaluate":
+                path = out / "sites" / "site-02" / "site.toml"
+                path.write_text(path.read_text().replace("min_test_patients = 1", "min_test_patients = 41"))
+
+    evaluation = simulate(config, out, resume=False, progress=Stricter())
+    assert evaluation["sites"] == 3
+    assert evaluation["final"]["n"] == evaluation["tasks"][0]["n"] == evaluation["tasks"][1]["n"] == 80
+    assert not list((out / "sites" / "site-02" / "state" / "runs").glob("*/report.html"))
 
 
 @pytest.mark.parametrize("tasks", [["../../etc/passwd.toml"], ["a/b"], ["support-mortality", "support-mortality"]])
