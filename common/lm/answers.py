@@ -54,8 +54,9 @@ def answer_questions(
 ) -> Outcomes:
     r"""The model's answer to every question.
 
-    Answer-only (`reasoning_tokens` = 0): the most probable option letter. Else greedy text of at most that many tokens
-    up to a complete box; where none came, `prompt.forced` is appended and the most probable letter taken.
+    Answer-only (`reasoning_tokens` = 0): the most probable option letter, of however many tokens. Else greedy text of
+    at most that many tokens up to a complete box; where none came, `prompt.forced` is appended and the most probable
+    letter taken. Texts come from training's own rollouts, which refuse a tokenizer whose letters are not single tokens.
 
     Args:
         lm: the model with the adapter to score; `lm.base_only()` around the call scores the base model.
@@ -66,7 +67,8 @@ def answer_questions(
         on_done: called with the number of questions just finished.
 
     Raises:
-        ModelError: the prompt or its letters do not fit the model's tokenizer.
+        ModelError: the prompt or its letters do not fit the model's tokenizer; with reasoning: a letter is not one
+            token.
     """
     n = len(questions)
     truth = np.array([question.answer for question in questions], np.int16)

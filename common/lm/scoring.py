@@ -4,13 +4,15 @@ Both roles: sites score held-out patients, the coordinator scores synthetic ques
 questions (a site's hold its patients' records and never leave); what leaves are log-probabilities over the options.
 
 The choice is the softmax over the next token restricted to the question's letters, after the forced beginning of an
-answer (`prompt.forced`, ending in `\\boxed{`). One forward pass a question, batched by length.
+answer (`prompt.forced`, ending in `\\boxed{`). One forward pass a question, batched by length. A tokenizer that splits
+letters, or melts them into the brace, is read by `whole_text_log_probs`: slower, the same meaning, evaluation only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +28,7 @@ from .prefix import causal_model, option_log_softmax
 from .tree import PromptTree
 
 _MERGE_FROM = 8  # prompts from which merging the adapter pays: it takes as long as a prompt or two
+_VOCABULARY_PART = 8192  # tokens whose logits exist at a time
 
 
 class Reader(Protocol):
@@ -76,18 +79,26 @@ def option_token_ids(tokenizer: Any, context_text: str, n: int) -> list[int]:
         n: number of options, 2 to 10.
 
     Raises:
-        ModelError: a letter is not exactly one more token there (not guaranteed by every tokenizer).
+        ModelError: a letter is not exactly one more token there (not guaranteed by every tokenizer), or two share one.
     """
     texts = [context_text, *(context_text + letter for letter in LETTERS[:n])]
     before, *after = tokenizer(texts, add_special_tokens=False)["input_ids"]
     found: list[int] = []
     for letter, ids in zip(LETTERS, after, strict=False):
         if len(ids) != len(before) + 1 or list(ids[:-1]) != list(before):
-            raise ModelError(f"tokenizer: letter '{letter}' is not one token of its own after '{context_text[-24:]}'")
+            raise ModelError(
+                f"tokenizer: letter '{letter}' is not one token of its own after '{_end_of(context_text)}'; only "
+                "evaluation without reasoning can score that: use another model"
+            )
         found.append(int(ids[-1]))
     if len(set(found)) != len(found):
         raise ModelError("tokenizer: two option letters share a token")
     return found
+
+
+def _end_of(text: str) -> str:
+    """The last 24 characters of its last line: of the prompt template alone, and an error stays one line."""
+    return text.rpartition("\n")[2][-24:]
 
 
 def batches_by_length(lengths: Sequence[int], micro_batch: int) -> Iterator[list[int]]:
@@ -145,6 +156,8 @@ def option_log_probs(
 ) -> npt.NDArray[np.float32]:
     """Answer-only: the model's log-probability of every option, renormalised over the options.
 
+    From the letters' single tokens; where one of them is not, from whole texts (`whole_text_log_probs`).
+
     Args:
         lm: the model, with the adapter it has now.
         questions: with 2 to 10 options each.
@@ -156,14 +169,17 @@ def option_log_probs(
         float32, shape (len(questions), most options of any question); -inf past a question's own options.
 
     Raises:
-        ModelError: an option letter is not one token after the forced beginning of an answer.
+        ModelError: the tokenizer does not tell the letters apart.
     """
     if not questions:
         return np.zeros((0, 0), np.float32)
     texts = [render(lm, template, question, reasoning=False) for question in questions]
-    return log_probs_after(
-        lm, encode_texts(lm, texts), [len(q.options) for q in questions], texts[0], micro_batch, on_done
-    )
+    n_options = [len(question.options) for question in questions]
+    try:
+        letters = option_token_ids(lm.tokenizer, texts[0], max(n_options))
+    except ModelError:
+        return whole_text_log_probs(lm, texts, n_options, micro_batch, on_done)
+    return _letter_log_probs(lm, encode_texts(lm, texts), n_options, letters, micro_batch, on_done)
 
 
 @torch.inference_mode()
@@ -175,12 +191,27 @@ def log_probs_after(
     micro_batch: int,
     on_done: Callable[[int], None] | None = None,
 ) -> npt.NDArray[np.float32]:
-    r"""As `option_log_probs` for token ids that end in an open `\boxed{`, whatever came before it."""
-    widest = max(n_options)
-    letters = torch.tensor(option_token_ids(lm.tokenizer, context_text, widest), device=lm.device)
-    result = np.full((len(prompts), widest), -np.inf, np.float32)
-    many = len(prompts) >= _MERGE_FROM
-    with merged(lm.model, micro_batch * len(prompts[0])) if many else nullcontext():
+    r"""As `option_log_probs` for token ids that end in an open `\boxed{`, whatever came before it.
+
+    Raises:
+        ModelError: an option letter is not one token after `context_text` (token ids do not say how a letter changes
+            them; `whole_text_log_probs` has the texts).
+    """
+    letters = option_token_ids(lm.tokenizer, context_text, max(n_options))
+    return _letter_log_probs(lm, prompts, n_options, letters, micro_batch, on_done)
+
+
+def _letter_log_probs(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    n_options: Sequence[int],
+    letter_ids: Sequence[int],
+    micro_batch: int,
+    on_done: Callable[[int], None] | None,
+) -> npt.NDArray[np.float32]:
+    letters = torch.tensor(letter_ids, device=lm.device)
+    result = np.full((len(prompts), len(letters)), -np.inf, np.float32)
+    with _merged_for(lm, prompts, micro_batch):
         for batch in _batches(lm, prompts, micro_batch):
             hidden = _last_states(lm, [prompts[index] for index in batch])
             own = torch.tensor([n_options[index] for index in batch], device=lm.device)
@@ -188,3 +219,83 @@ def log_probs_after(
             if on_done is not None:
                 on_done(len(batch))
     return result
+
+
+def _merged_for(lm: LanguageModel, prompts: Sequence[Sequence[int]], micro_batch: int) -> AbstractContextManager[None]:
+    return merged(lm.model, micro_batch * len(prompts[0])) if len(prompts) >= _MERGE_FROM else nullcontext()
+
+
+@torch.inference_mode()
+def whole_text_log_probs(
+    lm: LanguageModel,
+    texts: Sequence[str],
+    n_options: Sequence[int],
+    micro_batch: int,
+    on_done: Callable[[int], None] | None = None,
+) -> npt.NDArray[np.float32]:
+    r"""As `option_log_probs` from rendered prompts, whatever tokens the tokenizer makes of the letters.
+
+    A question's options are compared as whole texts, prompt + letter, each with the tokens that the tokenizer gives all
+    of it: a letter may be several tokens, or melt into the brace, and then the tokens of the prompt alone are not the
+    first of them. An option's score is the sum of the log-probabilities of its tokens from the first in which the
+    question's own options differ; what comes before is the same for all and would cancel. Not divided by the number of
+    tokens: it is the probability that the model writes this text. Of single tokens it is what `option_log_probs` gives.
+
+    Raises:
+        ModelError: the tokens of one option begin those of another.
+    """
+    parts = [_parted(lm, text, n) for text, n in zip(texts, n_options, strict=True)]
+    begins = [begin for begin, _ in parts]
+    result = np.full((len(texts), max(n_options)), -np.inf, np.float32)
+    with _merged_for(lm, begins, micro_batch):
+        for batch in _batches(lm, begins, micro_batch):
+            sums = np.full((len(batch), result.shape[1]), -np.inf)
+            scored: list[tuple[int, int, tuple[int, ...], int]] = []  # row, option, tokens so far, the next one
+            for row, index in enumerate(batch):
+                begin, ends = parts[index]
+                sums[row, : len(ends)] = 0
+                for option, end in enumerate(ends):
+                    scored += [(row, option, (*begin, *end[:at]), token) for at, token in enumerate(end)]
+            rows, options, contexts, tokens = zip(*scored, strict=True)
+            np.add.at(sums, (rows, options), _next_token_log_probs(lm, contexts, tokens, micro_batch))
+            result[batch] = torch.from_numpy(sums).log_softmax(1).numpy()
+            if on_done is not None:
+                on_done(len(batch))
+    return result
+
+
+def _parted(reader: Reader, text: str, n: int) -> tuple[list[int], list[list[int]]]:
+    """Tokens with which `text` + letter begins for all of the first `n` letters, and how each goes on.
+
+    Raises:
+        ModelError: the tokens of one begin those of another.
+    """
+    variants = encode_texts(reader, [text + letter for letter in LETTERS[:n]])
+    ordered = sorted(variants)  # what begins another stands right before one that it begins
+    if any(after[: len(before)] == before for before, after in pairwise(ordered)):
+        raise ModelError(
+            f"tokenizer: the tokens of one option letter begin those of another after '{_end_of(text)}': "
+            "use another model"
+        )
+    alike = next(at for at, (one, other) in enumerate(zip(ordered[0], ordered[-1], strict=False)) if one != other)
+    return variants[0][:alike], [ids[alike:] for ids in variants]
+
+
+def _next_token_log_probs(
+    lm: LanguageModel, contexts: Sequence[tuple[int, ...]], tokens: Sequence[int], micro_batch: int
+) -> npt.NDArray[np.float64]:
+    """Log-probability of each token after its context, under the whole vocabulary; equal contexts are run once.
+
+    `micro_batch` contexts a forward pass: a question has one for each token but the last of each of its options.
+    """
+    distinct = sorted(set(contexts))  # side by side what begins alike
+    at = {context: row for row, context in enumerate(distinct)}
+    hidden = torch.cat(
+        [_last_states(lm, distinct[start : start + micro_batch]) for start in range(0, len(distinct), micro_batch)]
+    ).float()
+    weight = causal_model(lm).get_output_embeddings().weight
+    # In float32, as `option_log_softmax` does, and so that no float32 copy of the whole vocabulary is made.
+    totals = [(hidden @ part.float().T).logsumexp(1) for part in weight.split(_VOCABULARY_PART)]
+    rows, columns = torch.tensor([at[context] for context in contexts]), torch.tensor(tokens)
+    logits = (hidden[rows] * weight[columns].float()).sum(1)
+    return (logits - torch.stack(totals).logsumexp(0)[rows]).double().cpu().numpy()

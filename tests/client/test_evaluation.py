@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 from wardround.client.evaluation import evaluate_questions, sample_reasoning
+from wardround.client.grpo import train_local_round
 from wardround.common.config import LoraConfig, ModelConfig, RunConfig
+from wardround.common.errors import ModelError
 from wardround.common.lm.generation import has_answer_box
 from wardround.common.lm.models import LanguageModel, load
 from wardround.common.lm.scoring import encode, option_log_probs, option_token_ids
 from wardround.common.question import load_prompt, parse_answer
 
-from ..common.lm.test_scoring import questions
+from ..common.lm.test_scoring import SPELLINGS, questions, spell
+from .test_grpo import Source, configured
 
 TEMPLATE = load_prompt("en_short")
 
@@ -132,3 +135,34 @@ def test_the_base_model_is_scored_inside_base_only(tiny_model_path: Path) -> Non
     assert after is not None
     assert np.array_equal(before, base)
     assert not np.array_equal(before, after)
+
+
+@pytest.mark.parametrize("spelling", ["two tokens", "one melts into the brace"])
+def test_letters_of_several_tokens_are_evaluated_without_reasoning_only(tiny_model_path: Path, spelling: str) -> None:
+    lm = load(ModelConfig(id=str(tiny_model_path), device="cpu"), LoraConfig(rank=4), seed=1)
+    spell(lm, SPELLINGS[spelling])
+    asked = questions(6)
+    outcomes = evaluate_questions(lm, asked, TEMPLATE, config(0))
+    assert outcomes.log_probs is not None
+    assert np.array_equal(outcomes.chosen, outcomes.log_probs.argmax(1))
+    assert np.allclose(np.exp(outcomes.log_probs).sum(1), 1, atol=1e-5)
+    with pytest.raises(ModelError, match="is not one token"):
+        evaluate_questions(lm, asked, TEMPLATE, config(4))
+
+
+@pytest.mark.parametrize("reasoning", [0, 4])
+@pytest.mark.parametrize("spelling", ["two tokens", "one melts into the brace"])
+def test_training_refuses_letters_of_several_tokens_in_one_line(
+    tiny_model_path: Path, spelling: str, reasoning: int
+) -> None:
+    lm = load(ModelConfig(id=str(tiny_model_path), device="cpu"), LoraConfig(rank=4), seed=1)
+    spell(lm, SPELLINGS[spelling])
+    before = lm.vector()
+    with pytest.raises(ModelError) as refused:
+        train_local_round(lm, Source(), TEMPLATE, configured(reasoning), seed=0)
+    letter = "A" if spelling == "two tokens" else "C"
+    assert str(refused.value) == (
+        f"tokenizer: letter '{letter}' is not one token of its own after '{TEMPLATE.forced}'; only evaluation without "
+        "reasoning can score that: use another model"
+    )
+    assert np.array_equal(lm.vector(), before)

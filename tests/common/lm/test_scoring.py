@@ -1,14 +1,24 @@
 """common/lm/scoring.py: prompts as tokens, log-probabilities of options."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import normalizers
 from wardround.common.config import LoraConfig, ModelConfig
 from wardround.common.errors import ModelError
+from wardround.common.lm import scoring
 from wardround.common.lm.models import LanguageModel, load
-from wardround.common.lm.scoring import encode, log_probs_after, option_log_probs, option_token_ids, render
+from wardround.common.lm.scoring import (
+    encode,
+    log_probs_after,
+    option_log_probs,
+    option_token_ids,
+    render,
+    whole_text_log_probs,
+)
 from wardround.common.question import LETTERS, Question, load_prompt
 
 from ...tiny import tiny_tokenizer
@@ -29,12 +39,36 @@ def questions(count: int, seed: int = 0) -> list[Question]:
     return made
 
 
-@pytest.fixture(scope="module")
-def lm(tiny_model_path: Path) -> LanguageModel:
-    made = load(ModelConfig(id=str(tiny_model_path), device="cpu"), LoraConfig(rank=4), seed=1)
+def moved(path: Path, dtype: str = "float32") -> LanguageModel:
+    """The tiny model with an adapter that is in the computation."""
+    config = ModelConfig.model_validate({"id": str(path), "device": "cpu", "dtype": dtype})
+    made = load(config, LoraConfig(rank=4), seed=1)
     rng = np.random.default_rng(0)
     made.set_vector((rng.normal(size=made.manifest.size) * 0.1).astype(np.float32))
     return made
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_model_path: Path) -> LanguageModel:
+    return moved(tiny_model_path)
+
+
+# Characters that take the place of others before text becomes tokens. "q" begins no longer token, "~" stands for one
+# token of brace and letter: the prompt's own last token, "{", is not in the text with that letter.
+SPELLINGS = {
+    "two tokens": {"A": "qx", "B": "qy", "D": "wvw"},
+    "all begin alike": {letter: f"q{letter.lower()}" for letter in LETTERS},
+    "one melts into the brace": {"{C": "~"},
+    "all melt into the brace": {"{" + letter: "~" + letter.lower() for letter in LETTERS},
+    "both": {"{A": "~", "B": "qy", "E": "qx"},
+}
+
+
+def spell(lm: LanguageModel, spelling: dict[str, str]) -> LanguageModel:
+    """The model, whose tokenizer now reads letters so."""
+    replaced = [normalizers.Replace(letter, written) for letter, written in spelling.items()]
+    lm.tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(replaced)
+    return lm
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 16])
@@ -124,6 +158,72 @@ def test_a_letter_that_melts_into_its_context_is_refused() -> None:
     option_token_ids(tokenizer, "\\boxed{", 2)
     with pytest.raises(ModelError, match="'C' is not one token"):
         option_token_ids(tokenizer, "\\boxed{", 3)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4, 64])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_letters_of_several_tokens_are_scored_as_whole_texts(
+    tiny_model_path: Path, spelling: str, micro_batch: int
+) -> None:
+    """Against the probability of every token of prompt + letter, each text a forward pass of its own in float64."""
+    lm = spell(moved(tiny_model_path), SPELLINGS[spelling])
+    exact = copy.deepcopy(lm.model).double()
+    asked = questions(11)
+    with pytest.raises(ModelError, match="is not one token"):
+        option_token_ids(lm.tokenizer, render(lm, TEMPLATE, asked[0], False), 5)
+    done: list[int] = []
+    scores = option_log_probs(lm, asked, TEMPLATE, micro_batch, on_done=done.append)
+    assert scores.dtype == np.float32
+    assert scores.shape == (11, 5)
+    assert sum(done) == 11
+    for question, row in zip(asked, scores, strict=True):
+        n, text = len(question.options), render(lm, TEMPLATE, question, False)
+        expected = torch.zeros(n, dtype=torch.float64)
+        for option, letter in enumerate(LETTERS[:n]):
+            ids = torch.tensor(lm.tokenizer(text + letter, add_special_tokens=False)["input_ids"])
+            with torch.no_grad():
+                log_probs = torch.log_softmax(exact(input_ids=ids[None]).logits[0, :-1], 1)
+            expected[option] = log_probs.gather(1, ids[1:, None]).sum()
+        np.testing.assert_allclose(row[:n], torch.log_softmax(expected, 0), atol=1e-5)
+        assert np.all(row[n:] == -np.inf)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_whole_texts_and_single_tokens_give_the_same_scores(
+    tiny_model_path: Path, dtype: str, tolerance: float
+) -> None:
+    lm, asked = moved(tiny_model_path, dtype), questions(13)
+    texts = [render(lm, TEMPLATE, question, False) for question in asked]
+    general = whole_text_log_probs(lm, texts, [len(question.options) for question in asked], 4)
+    np.testing.assert_allclose(general, option_log_probs(lm, asked, TEMPLATE, 4), atol=tolerance)
+
+
+def test_without_the_tree_whole_texts_have_the_same_scores(
+    tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: padded on the right, every context a row of its own."""
+    lm, asked = spell(moved(tiny_model_path), SPELLINGS["both"]), questions(7)
+    tree = option_log_probs(lm, asked, TEMPLATE, 4)
+
+    def padded(lm: LanguageModel, batch: list[list[int]]) -> torch.Tensor:
+        ends = torch.tensor([len(ids) - 1 for ids in batch])
+        return scoring.hidden_states(lm, batch)[torch.arange(len(batch)), ends]
+
+    monkeypatch.setattr(scoring, "_last_states", padded)
+    np.testing.assert_allclose(option_log_probs(lm, asked, TEMPLATE, 4), tree, atol=1e-5)
+
+
+def test_letters_of_one_token_never_take_the_slow_way(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "whole_text_log_probs", None)
+    option_log_probs(lm, questions(3), TEMPLATE, 4)
+
+
+@pytest.mark.parametrize("spelling", [{"A": "q", "B": "q"}, {"A": "q", "B": "qy"}, {"B": ""}])
+def test_letters_that_no_token_tells_apart_are_refused(tiny_model_path: Path, spelling: dict[str, str]) -> None:
+    lm = spell(moved(tiny_model_path), spelling)
+    with pytest.raises(ModelError, match="one option letter begin those of another after") as refused:
+        option_log_probs(lm, questions(3), TEMPLATE, 4)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_chat_template_that_refuses_a_system_turn_is_named(lm: LanguageModel) -> None:
