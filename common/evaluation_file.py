@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .config import describe
 from .errors import ConfigError
@@ -27,6 +27,7 @@ from .files import write_atomic
 EVALUATION_SCHEMA = 1
 
 Interval = list[float]  # [low, high]
+Bounds = tuple[float, float]  # (low, high), in parts that come from elsewhere
 
 
 class _Part(BaseModel):
@@ -54,7 +55,7 @@ class ComparedDifference(Difference):
 
 
 class Corrected(ComparedDifference):
-    """One of a family. A gap's p is normal, from the bootstrap's standard error."""
+    """One of a family. A gap's p is Fisher's where each patient has one question, else normal."""
 
     p_holm: float
 
@@ -346,10 +347,172 @@ class Task(_Part):
     findings: list[str]  # the most important first
 
 
+class Counted(_Part):
+    """A share of ratings, Wilson interval; both None of none."""
+
+    of: int
+    count: int
+    share: float | None
+    ci95: Bounds | None
+
+
+class SignTest(_Part):
+    """Items whose mean rating is for one model; exact p."""
+
+    items_for_a: int
+    items_for_b: int
+    p: float
+
+
+class Preference(_Part):
+    """Ratings for a, for b, for neither; strong: much better, either. score: of b, a tie is half. decided: b's share
+    without ties. Intervals are of bootstraps, over items and over raters and items; None where too few."""
+
+    n: int
+    items: int
+    a: int
+    b: int
+    equal: int
+    strong: int
+    score: float | None
+    ci95_items: Bounds | None
+    ci95_raters_items: Bounds | None
+    decided: Counted
+    sign_test: SignTest
+
+
+class LogOdds(_Part):
+    """That b is preferred."""
+
+    log_odds: float
+    standard_error: float
+
+
+class Ability(LogOdds):
+    """A bound is None where it is infinite; a rater where theirs are."""
+
+    ci95_items: tuple[float | None, float | None] | None
+    ci95_raters_items: tuple[float | None, float | None] | None
+    by_rater: dict[str, LogOdds | None]
+
+
+class Agreement(_Part):
+    """Krippendorff's alpha: of five steps, and of better, equal, worse."""
+
+    raters: int
+    shared_items: int
+    ordinal: float
+    nominal: float
+
+
+class Consistency(_Part):
+    """Of pairs seen twice: how often the same model, the same step, the other model was preferred."""
+
+    same_preference: Counted
+    same_step: int
+    reversed: int
+    by_rater: dict[str, Counted]
+
+
+class Ratings(_Part):
+    """Of one kind of raters. position: the first answer preferred, of decided. reasons: for a, for b. unacceptable: a's
+    answer, b's. What is None has its reason in not_possible."""
+
+    preference: Preference
+    by_section: dict[str, Preference]
+    by_rater: dict[str, Preference]
+    bradley_terry: Ability | None
+    agreement: Agreement | None
+    self_consistency: Consistency | None
+    position: Counted
+    reasons: dict[str, tuple[int, int]]
+    unacceptable: tuple[Counted, Counted]
+    not_possible: dict[str, str]
+
+
+class Rater(_Part):
+    """How far one is."""
+
+    rater: str
+    kind: Literal["person", "judge"]
+    rated: int
+    of: int
+
+
+class Review(_Part):
+    """A blinded review, as `wardround server review stats STUDY --json` prints it (server/review/results.py). models: a
+    and b. People and judges, which are programs, are never counted together; None where none has rated."""
+
+    version: Literal[1]
+    title: str
+    data: str
+    models: list[str]
+    items: int
+    planted_twice: float
+    raters: list[Rater]
+    people: Ratings | None
+    judges: Ratings | None
+
+    @field_validator("models")
+    @classmethod
+    def _two(cls, models: list[str]) -> list[str]:
+        if len(models) != 2 or not all(name.strip() for name in models) or models[0] == models[1]:
+            raise ValueError("expected the names of two models")
+        return models
+
+
+class SumsPair(ComparedDifference):
+    """p: McNemar's exact one; normal where the sums carry noise."""
+
+    model: str
+    against: str
+    only_model: int
+    only_against: int
+    detectable: float
+
+
+class SumsTask(_Part):
+    """A task that the sites asked their own patients; besides, what common/task_sums.py tells of it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    title: str
+    n: int
+    patients: int
+    findings: list[str]
+
+
+class Federated(_Part):
+    """The held-out evaluation at the end of the run that made the model, of which only sums left its sites.
+
+    run: its name. simulated: the sites were folders of one machine. masked: sums were added up under masks.
+    noise: standard deviation on every count; 0 without privacy. models: accuracies of "base", "warmup" (where the run
+    had one), "final", "majority". findings: the verdict first. worse: what is shown worse than before the rounds.
+    """
+
+    run: str
+    simulated: bool
+    masked: bool
+    sites: int
+    n: int
+    noise: float
+    chance: float
+    models: dict[Literal["base", "warmup", "final", "majority"], Value]
+    paired: list[SumsPair]
+    findings: list[str]
+    worse: list[str]
+    tasks: list[SumsTask]
+
+
+class Nothing(_Part):
+    """A part that there is not: {}."""
+
+
 class Evaluation(_Part):
     """The whole file.
 
-    `tasks` is checked field by field; the four parts after it are what their makers put there.
+    `provenance` and `reasoning` are what their makers put there; everything else is checked field by field.
     """
 
     evaluation_schema: Literal[1]
@@ -357,8 +520,8 @@ class Evaluation(_Part):
     tasks: list[Task]
     provenance: dict[str, Any] = Field(default_factory=dict[str, Any])  # models, registries, settings, digests
     reasoning: dict[str, Any] = Field(default_factory=dict[str, Any])  # counts of the audit's flags
-    review: dict[str, Any] = Field(default_factory=dict[str, Any])  # experts' preferences
-    federated: dict[str, Any] = Field(default_factory=dict[str, Any])  # figures of which only sums arrived
+    review: Review | Nothing = Nothing()  # experts' preferences; never counted with what is scored
+    federated: Federated | Nothing = Nothing()  # figures of which only sums arrived
 
 
 def evaluation(tasks: Sequence[Mapping[str, Any]], **parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -388,12 +551,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, no JSON, another schema version, or not what that version says.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise ConfigError(f"{path}: expected the JSON of `wardround evaluate`, got something else") from None
+    content = _read_json(path, "`wardround evaluate`")
     got: object = (
         cast(dict[str, Any], content).get("evaluation_schema", "none") if isinstance(content, dict) else "none"
     )
@@ -406,3 +564,28 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         return Evaluation.model_validate(content).model_dump(mode="json")
     except ValidationError as error:
         raise ConfigError(f"{path}: {describe(error)}") from None
+
+
+def read_review(path: Path) -> dict[str, Any]:
+    """What `wardround server review stats STUDY --json` printed into a file, as `evaluation` takes it for "review".
+
+    Raises:
+        ConfigError: no such file, no JSON, not what that command prints, or its models are not two that are named.
+    """
+    command = "`wardround server review stats STUDY --json`"
+    content = _read_json(path, command)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected the JSON of {command}, got something else")
+    try:
+        return Review.model_validate(content).model_dump(mode="json")
+    except ValidationError as error:
+        raise ConfigError(f"{path}: expected the JSON of {command}: {describe(error)}") from None
+
+
+def _read_json(path: Path, command: str) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise ConfigError(f"{path}: expected the JSON of {command}, got something else") from None

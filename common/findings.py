@@ -77,6 +77,7 @@ def find(summary: Mapping[str, Any]) -> list[str]:
     """
     return [
         *_overall(summary),
+        *_ranking(summary),
         *_worse(summary),
         *_better(summary),
         *_gaps(summary),
@@ -124,6 +125,27 @@ def _overall(summary: Mapping[str, Any]) -> Iterator[str]:
                 f"The probabilities of {final} are {word} the truth than those of {reference} (Brier score "
                 f"{brier['difference']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f})."
             ).replace("-", "−")
+
+
+def _ranking(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Whether patients with the event are told from those without, which accuracy on rare events does not say."""
+    final, reference = summary["final"], summary["reference"]
+    event = summary["models"][final]["event"]
+    if event is None:
+        return
+    (low, high), area = event["auroc"]["ci95"], event["auroc"]["value"]
+    if low > 0.5:
+        word = "better than guessing"
+    else:
+        word = "worse than guessing" if high < 0.5 else "which cannot be told from guessing"
+    said = f"{final} ranks patients by the event with AUROC {area:.3f} (95 % interval {low:.3f} to {high:.3f}), {word}"
+    change = None if final == reference else _pair(summary, final, reference)["auroc"]
+    if change is None:
+        yield f"{said}."
+        return
+    low, high = change["ci95"]
+    way = f"{reference} {change['difference']:+.3f} ({low:+.3f} to {high:+.3f})".replace("-", "−")
+    yield f"{said}; against {way}."
 
 
 def _worse(summary: Mapping[str, Any]) -> Iterator[str]:

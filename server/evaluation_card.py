@@ -19,8 +19,8 @@ import jinja2
 from ..common.findings import percent
 from ..common.scored import MAJORITY
 from ..common.subgroups import shown_direction
-from .evaluate import interval
-from .evaluation_report import facts, headline, task_facts, title
+from .evaluate import LABELS, interval
+from .evaluation_report import facts, headline, review, task_facts, title, worse_at_sites
 from .evaluation_tables import difference, label, number, pair_of
 
 _FILL = "**For the authors:** "
@@ -60,7 +60,8 @@ def evaluation_card(evaluation: Mapping[str, Any]) -> str:
         outcomes=_list(f"{name}: {_events(task)}" for name, task in tasks.items()),
         performance=[[plain(cell) for cell in row] for name, task in tasks.items() for row in _rows(name, task)],
         said=_list(f"{name}: {task['findings'][0]}" for name, task in tasks.items() if task["findings"]),
-        fairness=_fairness(tasks),
+        federated=_federated(evaluation["federated"]),
+        fairness=_fairness(tasks, list(worse_at_sites(evaluation["federated"]))),
         limits=_list(f"{name}: {task['power']['sentence']}" for name, task in tasks.items()),
     )
     body = re.sub(r"\n{3,}", "\n\n", body).strip()
@@ -150,14 +151,33 @@ def _rows(name: str, task: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def _review(found: Mapping[str, Any]) -> str:
-    people = found.get("people")
-    if not isinstance(people, Mapping):
+    """What raters preferred, a list for people and one for programs; "" where there was no review."""
+    told = review(found)
+    if told is None:
         return ""
-    shown = {key: people[key] for key in ("preference", "bradley_terry", "agreement") if people.get(key) is not None}
-    return _list([f"{name}: {text}" for name, text in facts({"models (a, b)": found.get("models"), **shown})])
+    parts = [plain(f"{told['said']} {told['nobody']}")]
+    for words, said in told["kinds"]:
+        figures = [f"{name}: {text}" for name, text in said["rows"]]
+        parts.append(f"{plain(words)}:\n\n{_list([*figures, *said['impossible']])}")
+    return "\n\n".join(parts)
 
 
-def _fairness(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+def _federated(found: Mapping[str, Any]) -> str:
+    """What the sites' own test patients gave; "" where the model is of no run."""
+    if not found:
+        return ""
+    figures = ", ".join(
+        f"{LABELS.get(name, name)} {percent(one['value'])} ({interval(one['ci95'])})"
+        for name, one in found["models"].items()
+    )
+    about, sites = "about " if found["noise"] else "", "simulated sites" if found["simulated"] else "sites"
+    asked = f"{about}{found['n']:,} questions, one a patient, at {found['sites']} {sites} of run {found['run']}"
+    tasks = [f"{told['title']}: {text}" for told in found["tasks"] for text in told["findings"]]
+    told = _list([f"accuracy: {figures}; chance {percent(found['chance'])}", *found["findings"], *tasks])
+    return f"From sums over the sites' own test patients ({plain(asked)}), apart from the table:\n\n{told}"
+
+
+def _fairness(tasks: Mapping[str, Mapping[str, Any]], at_sites: Sequence[str]) -> str:
     """What got worse, by name; or that nothing is shown to have."""
     worse: list[str] = []
     for name, task in tasks.items():
@@ -167,6 +187,7 @@ def _fairness(tasks: Mapping[str, Mapping[str, Any]]) -> str:
         for row in task["subgroups"]["worse"]:
             size = f"{100 * abs(row['difference']):.1f} points"
             worse.append(f"{name}: worse with {row['axis']} '{row['stratum']}' by {size} (n = {row['n']:,})")
+    worse += at_sites
     tested = sum(len(table["strata"]) for task in tasks.values() for table in task["subgroups"]["axes"].values())
     if worse or not tested:
         return _list(worse) or "No subgroup was looked at."

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ..common.files import write_atomic
-from ..common.findings import percent, points
+from ..common.findings import p_value, percent, points
 from ..common.scored import MAJORITY
 from ..common.subgroups import shown_direction
-from . import plots
+from . import evaluate, plots
 from .evaluation_plots import difference_axis, difference_scale, difference_strip, way_key
 from .evaluation_tables import LETTERS, MOST_TARGETS, difference, label, number, pair_of, role, share, view
 from .report import environment, unbroken
@@ -57,7 +57,10 @@ def write_evaluation_report(
         headline=unbroken(headline(tasks)),
         key_figures=_key_figures(tasks),
         found=[(_title(evaluation, task), unbroken(task["findings"][0])) for task in tasks if task["findings"]],
-        warnings=[unbroken(sentence) for sentence in (*_losses(evaluation), *_behind(evaluation))],
+        warnings=[
+            unbroken(sentence)
+            for sentence in (*_losses(evaluation), *_behind(evaluation), *worse_at_sites(evaluation["federated"]))
+        ],
         overview=_overview(evaluation),
         tasks=[view(task, _title(evaluation, task)) for task in tasks],
         most_targets=MOST_TARGETS,
@@ -66,8 +69,8 @@ def write_evaluation_report(
         contrasts={name: _chosen(rows) for name, rows in (contrasts or {}).items() if rows},
         pair_names=(tasks[0]["reference"], tasks[0]["final"]) if tasks else ("base", "final"),
         flag_names=_FLAGS,
-        review=_review(evaluation["review"]),
-        federated=facts(evaluation["federated"]),
+        review=review(evaluation["review"]),
+        federated=_federated(evaluation["federated"]),
         provenance=facts(evaluation["provenance"]),
         schema=evaluation["evaluation_schema"],
         version=evaluation["wardround"],
@@ -131,7 +134,7 @@ def _key_figures(tasks: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _losses(evaluation: Mapping[str, Any]) -> Iterator[str]:
-    """Where the final model is shown worse than the reference, or likes a letter."""
+    """Where the final model is shown worse than the reference, ranks no better than guessing, or likes a letter."""
     for task in evaluation["tasks"]:
         yield from _losses_of(task, _title(evaluation, task))
 
@@ -156,6 +159,13 @@ def _losses_of(task: Mapping[str, Any], name: str) -> Iterator[str]:
     final, pair = task["final"], _main_pair(task)
     if pair is not None and shown_direction(dict(pair)) < 0:
         yield f"{name}: worse as a whole, {_in_words(pair)}."
+    event = task["models"][final]["event"]
+    if event is not None and event["auroc"]["ci95"][0] <= 0.5:
+        low, high = event["auroc"]["ci95"]
+        yield (
+            f"{name}: {final} does not tell patients with the event from those without (AUROC "
+            f"{event['auroc']['value']:.3f}, 95 % interval {low:.3f} to {high:.3f}; 0.5 is guessing)."
+        )
     for row in task["subgroups"]["worse"]:
         yield f"{name}: {row['axis']} '{row['stratum']}' got worse, {_in_words(row)}, n = {row['n']:,}."
     for key, noun in (("by_section", "section"), ("by_target", "target")):
@@ -246,52 +256,67 @@ def _chosen(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {change: {"n": len(found), "rows": found[:_MOST_SHOWN]} for change, found in sides.items()}
 
 
-def _review(found: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Experts' preferences, from the statistics that `wardround server review stats` writes."""
+def review(found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What raters preferred, people and programs apart; None where there was no review.
+
+    Args:
+        found: `common.evaluation_file.Review`, as JSON; empty: none.
+    """
     if not found:
         return None
-    models = found.get("models")
-    if not isinstance(models, list) or len(models) != 2:
-        return {"kinds": [], "facts": facts(found), "a": "", "b": "", "title": ""}
-    kinds = [
-        (words, _preferences(found[plural], models[0], models[1]))
-        for plural, words in _PEOPLE.items()
-        if isinstance(found.get(plural), Mapping)
-    ]
-    told = {key: found[key] for key in ("data", "items", "raters") if key in found}
-    return {"kinds": kinds, "facts": facts(told), "a": models[0], "b": models[1], "title": found.get("title", "")}
+    a, b = found["models"]
+    return {
+        "title": found["title"],
+        "a": a,
+        "b": b,
+        "said": f"{found['items']:,} pairs of answers of {a} and {b}, {found['data']} records.",
+        "kinds": [(words, _preferences(found[kind], a, b)) for kind, words in _PEOPLE.items() if found[kind]],
+        "nobody": "" if found["people"] else "No person has rated yet.",
+        "raters": [
+            (f"{one['rater']}{', a program' if one['kind'] == 'judge' else ''}", f"{one['rated']} of {one['of']} rated")
+            for one in found["raters"]
+        ],
+    }
 
 
 def _preferences(said: Mapping[str, Any], a: str, b: str) -> dict[str, Any]:
     overall = said["preference"]
+    sign, (bad_a, bad_b) = overall["sign_test"], said["unacceptable"]
     rows = [
         ("preferred", f"{b} {overall['b']}, {a} {overall['a']}, about equal {overall['equal']}"),
         (f"score of {b} (a tie is half)", _percent(overall["score"])),
         ("95 % interval over items", _range(overall["ci95_items"])),
         ("95 % interval over raters and items", _range(overall["ci95_raters_items"])),
+        ("among decided", f"{_of(overall['decided'])} for {b}"),
+        (
+            "sign test over items",
+            f"{sign['items_for_b']} for {b}, {sign['items_for_a']} for {a}, {p_value(sign['p'])}",
+        ),
+        ("unacceptable answers", f"{b} {_of(bad_b)}; {a} {_of(bad_a)}"),
     ]
-    if (ability := said.get("bradley_terry")) is not None:
+    if (ability := said["bradley_terry"]) is not None:
         rows.append(
             (
                 f"Bradley–Terry, log-odds of {b}",
                 f"{ability['log_odds']:+.2f} (standard error {ability['standard_error']:.2f})".replace("-", "−"),
             )
         )
-    if (agreed := said.get("agreement")) is not None:
+    if (agreed := said["agreement"]) is not None:
         rows.append(
             (
                 "Krippendorff's α",
                 f"{agreed['ordinal']:.2f} (five steps), {agreed['nominal']:.2f} (better, equal, worse); "
-                f"{agreed['raters']} raters, {agreed['shared_items']} shared items",
+                f"{agreed['raters']} raters, {agreed['shared_items']} shared items".replace("-", "−"),
             )
         )
-    if (own := said.get("self_consistency")) is not None:
-        rows.append(("same preference when seen twice", _percent(own["same_preference"]["share"])))
+    if (own := said["self_consistency"]) is not None:
+        rows.append(("same preference when seen twice", _of(own["same_preference"])))
+    rows.append(("first answer preferred (half: no bias)", _of(said["position"])))
     sections = [
         (name, one["n"], one["b"], one["a"], one["equal"], _percent(one["score"]), _range(one["ci95_items"]))
-        for name, one in said.get("by_section", {}).items()
+        for name, one in said["by_section"].items()
     ]
-    return {"rows": rows, "sections": sections, "impossible": list(said.get("not_possible", {}).values())}
+    return {"rows": rows, "sections": sections, "impossible": list(said["not_possible"].values())}
 
 
 def _percent(part: float | None) -> str:
@@ -299,7 +324,57 @@ def _percent(part: float | None) -> str:
 
 
 def _range(bounds: Sequence[float] | None) -> str:
-    return "–" if bounds is None else f"{100 * bounds[0]:.1f} to {percent(bounds[1])}"
+    return "–" if bounds is None else evaluate.interval(bounds)
+
+
+def _of(counted: Mapping[str, Any]) -> str:
+    """A share of ratings with its interval.
+
+    >>> _of({"of": 6, "count": 4, "share": 4 / 6, "ci95": [0.3, 0.9032]})
+    '66.7 % (30.0 to 90.3 %) of 6'
+    """
+    if counted["share"] is None:
+        return "– (of none)"
+    return f"{percent(counted['share'])} ({_range(counted['ci95'])}) of {counted['of']}"
+
+
+def worse_at_sites(found: Mapping[str, Any]) -> Iterator[str]:
+    """What the sites' own test patients show worse than before the rounds, in sentences."""
+    for sentence in found.get("worse", ()):
+        yield f"The sites' own test patients: {sentence}"
+
+
+def _federated(found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the sites' own test patients gave; None where MODEL is of no run.
+
+    Args:
+        found: `common.evaluation_file.Federated`, as JSON; empty: none.
+    """
+    if not found:
+        return None
+    models, chance = found["models"], found["chance"]
+    scale = plots.share_scale([chance, *(bound for one in models.values() for bound in one["ci95"])])
+    earlier = [name for name in ("base", "warmup") if name in models]
+    rows = [
+        {
+            "key": plots.marker_key(name),
+            "label": evaluate.LABELS.get(name, name),
+            "main": name == "final",
+            "accuracy": share(one),
+            "strip": plots.interval_strip([(name, one["value"], *one["ci95"])], scale, chance),
+            "minus": [difference(pair_of(found, name, against)) for against in earlier],
+        }
+        for name, one in models.items()
+    ]
+    return {
+        **found,
+        "chance": percent(chance),
+        "axis": plots.axis(scale),
+        "earlier": [evaluate.LABELS[name] for name in earlier],
+        "rows": rows,
+        "findings": [unbroken(finding) for finding in found["findings"]],
+        "tasks": [{**told, "findings": [unbroken(text) for text in told["findings"]]} for told in found["tasks"]],
+    }
 
 
 def facts(value: Mapping[str, Any], path: str = "") -> list[tuple[str, str]]:

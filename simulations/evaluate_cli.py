@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 _PATH = click.Path(path_type=Path)
+_SPOKEN, _SAMPLES = 12, 1
 
 
 @click.command(
@@ -41,13 +42,18 @@ _PATH = click.Path(path_type=Path)
 @click.option("--beside", multiple=True, metavar="NAME=MODEL", help="Suite: one more model or adapter; repeatable.")
 @click.option("--table", "files", multiple=True, metavar="NAME=FILE", help="Suite: file of registry ist_stroke.")
 @click.option(
-    "--spoken", type=click.IntRange(0), default=12, show_default=True, help="Suite: questions also put in words."
+    "--spoken", type=click.IntRange(0), default=_SPOKEN, show_default=True, help="Suite: questions also put in words."
 )
 @click.option(
-    "--samples", type=click.IntRange(1), default=1, show_default=True, help="Suite: texts a question, for a vote."
+    "--samples",
+    type=click.IntRange(1),
+    default=_SAMPLES,
+    show_default=True,
+    help="Suite: texts a question; they vote.",
 )
 @click.option("--calibrate", is_flag=True, help="Suite: base and final also without their liking for letters.")
 @click.option("--no-tabular", is_flag=True, help="Suite: no logistic regression and gradient boosting beside.")
+@click.option("--review", type=_PATH, default=None, help="Suite: a review's figures: server review stats STUDY --json.")
 @click.option("--compare", "compared", nargs=2, type=_PATH, default=None, help="Two evaluation.json side by side.")
 @click.option("--schema", type=_PATH, default=None, help="TABLE: a run's schema.json; else from its training patients.")
 @click.option("--adapter", type=_PATH, default=None, help="TABLE: a peft adapter folder to put on MODEL.")
@@ -76,6 +82,7 @@ def evaluate(
     samples: int,
     calibrate: bool,
     no_tabular: bool,
+    review: Path | None,
     compared: tuple[Path, Path] | None,
     schema: Path | None,
     adapter: Path | None,
@@ -91,6 +98,7 @@ def evaluate(
 
     Without TABLE: the suite, all tasks over the open registries, beside its base model, logistic regression and
     gradient boosting; writes evaluation.json, report.html, card.md, and reasoning.jsonl and review.jsonl for experts.
+    Of a run's model it also tells what the sites' own test patients gave.
 
     With TABLE and DICTIONARY: one question a test patient of that registry. Who is a test patient decides the
     hospital's own key with --site; else that of the simulated run which trained MODEL on this registry, which MODEL
@@ -108,10 +116,11 @@ def evaluate(
         raise ConfigError(f"TABLE {table}: expected its DICTIONARY after it")
     settings = _settings(model, config, overrides)
     if table is not None and dictionary is not None:
-        _refuse(
-            {"--tasks": tasks, "--base": base, "--beside": beside, "--table": files, "--calibrate": calibrate},
-            "belongs to the suite, without TABLE",
-        )
+        of_the_suite = {
+            "--tasks": tasks, "--base": base, "--beside": beside, "--table": files, "--spoken": spoken != _SPOKEN,
+            "--samples": samples != _SAMPLES, "--calibrate": calibrate, "--no-tabular": no_tabular, "--review": review,
+        }  # fmt: skip
+        _refuse(of_the_suite, "belongs to the suite, without TABLE")
         request = score.Request(
             table=table, dictionary=dictionary, config=settings, adapter=adapter, schema=schema, site=site,
             n_questions=number or 500, seed=seed, harness=harness, inside_hospital=inside_hospital,
@@ -123,8 +132,8 @@ def evaluate(
     )
     _suite(
         model, out, number or 150, [name.strip() for name in tasks.split(",") if name.strip()], base,
-        _named("--beside", beside), _named("--table", files), spoken, samples, calibrate, not no_tabular, settings,
-        seed, as_json,
+        _named("--beside", beside), _named("--table", files), spoken, samples, calibrate, not no_tabular, review,
+        settings, seed, as_json,
     )  # fmt: skip
 
 
@@ -188,12 +197,14 @@ def _suite(
     samples: int,
     calibrate: bool,
     tabular: bool,
+    review: Path | None,
     settings: RunConfig,
     seed: int,
     as_json: bool,
 ) -> None:
     from ..common.cli import limit_threads
     from ..common.errors import ConfigError
+    from ..common.evaluation_file import read_review
     from ..common.files import check_writable
     from ..common.progress import progress_bar
     from ..common.tasks import load_tasks
@@ -201,6 +212,9 @@ def _suite(
 
     if out.is_file():
         raise ConfigError(f"--out {out}: expected a folder, got a file")
+    if (out / "run.json").is_file():
+        raise ConfigError(f"--out {out}: the folder of a run, whose evaluation.json and report.html would be replaced")
+    reviewed = {} if review is None else read_review(review)
     out.mkdir(parents=True, exist_ok=True)
     check_writable(out)
     limit_threads(settings.speed.threads)  # before torch is imported
@@ -210,7 +224,7 @@ def _suite(
         model=model, base=base or step.base_of(model), beside=beside,
         tables={name: Path(file) for name, file in files.items()},
         tasks=load_tasks(names, (*registries.NAMES, *files)), config=settings, n_questions=number, spoken=spoken,
-        samples=samples, calibrate=calibrate, tabular=tabular, seed=seed,
+        samples=samples, calibrate=calibrate, tabular=tabular, seed=seed, review=reviewed,
     )  # fmt: skip
     prepared = step.prepare(asked, out)
     total, done = sum(prepared.work(exam) for exam in prepared.exams), 0
@@ -244,6 +258,7 @@ def _write_reports(result: Mapping[str, Any], contrasts: Mapping[str, Any], out:
 def _print_suite(result: Mapping[str, Any]) -> None:
     """A table of all tasks and the findings of each."""
     from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table
 
     from ..common.findings import points
@@ -273,6 +288,10 @@ def _print_suite(result: Mapping[str, Any]) -> None:
     for task in result["tasks"]:
         console.print(f"[bold]{task['name']}[/bold]")
         for finding in task["findings"]:
+            console.print(f"  {finding}", markup=False, highlight=False)
+    if sums := result["federated"]:
+        console.print(f"[bold]the sites' own test patients[/bold], run {escape(sums['run'])}")
+        for finding in (*sums["findings"], *(text for task in sums["tasks"] for text in task["findings"])):
             console.print(f"  {finding}", markup=False, highlight=False)
     for registry, models in result["reasoning"].items():
         for name, flags in models.items():

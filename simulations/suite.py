@@ -1,8 +1,9 @@
 """The evaluation suite: every task over open registries, the model beside its base and usual models, one report.
 
 Run on one machine, by `wardround evaluate MODEL --out FOLDER`. Enters: a model folder, tasks (common/tasks.py), open
-registries. Leaves in FOLDER: evaluation.json (common/evaluation_file.py), report.html, card.md, reasoning.jsonl and
-review.jsonl (for experts); answers/ lets an interrupted evaluation go on. Records in the last three are of open
+registries; beside them what experts preferred, and the sums of the run that made the model, which are only passed on.
+Leaves in FOLDER: evaluation.json (common/evaluation_file.py), report.html, card.md, reasoning.jsonl and review.jsonl
+(for experts); answers/ lets an interrupted evaluation go on. Records in the last three are of open
 registries; a closed one is refused here and scored by its hospital (client/score.py).
 
 A model answers the same questions of the same held-out patients as all others, so differences are paired.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -29,14 +30,18 @@ from ..common.contrast import Spoken
 from ..common.counts import count
 from ..common.dictionary import load_dictionary
 from ..common.errors import ConfigError, ModelError
-from ..common.evaluation_file import evaluation, write_evaluation
+from ..common.evaluation_file import Federated, evaluation, write_evaluation
 from ..common.files import write_atomic
+from ..common.findings import figures
 from ..common.question import PromptTemplate, load_prompt, parse_answer
 from ..common.schema import Schema, derive_schema
-from ..common.scored import Answered
+from ..common.scored import MAJORITY, Answered
 from ..common.seeds import derive_rng, derive_seed
+from ..common.subgroups import shown_direction
 from ..common.summary import summarise_task
+from ..common.task_sums import compared
 from ..common.tasks import Task
+from ..server import evaluate, task_tables
 from . import registries, suite_words
 from .suite_words import BASE, FINAL
 
@@ -65,6 +70,7 @@ class Request:
         tabular: whether logistic regression and gradient boosting are trained beside.
         seed: of questions and resamples.
         tables: registry → file, for those that no package carries (`registries.FILED`).
+        review: experts' preferences, as `common.evaluation_file.read_review` gives them; empty: none.
     """
 
     model: str
@@ -81,6 +87,7 @@ class Request:
     tabular: bool = True
     seed: int = 0
     tables: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    review: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +226,13 @@ def run(suite: Suite, out: Path, step: Step) -> tuple[dict[str, Any], dict[str, 
             )
         )
     counts, contrasts = suite_words.audit(suite, voices, out)
-    content = evaluation(tasks, provenance=_provenance(suite, facts), reasoning=counts)
+    content = evaluation(
+        tasks,
+        provenance=_provenance(suite, facts),
+        reasoning=counts,
+        review=request.review,
+        federated=federated(request.model),
+    )
     suite_words.write_review(suite, voices, out)
     write_evaluation(out / "evaluation.json", content)
     return content, contrasts
@@ -372,6 +385,77 @@ def _provenance(suite: Suite, facts: Mapping[str, Any]) -> dict[str, Any]:
         "samples": request.samples,
         "seed": request.seed,
     }
+
+
+def federated(model: str) -> dict[str, Any]:
+    """What the sites' own test patients gave at the end of the run that made `model`; for evaluation.json.
+
+    Empty where `model` is not the model of a run, or the run's files do not tell.
+    """
+    folder = Path(model)
+    try:
+        facts = _json(folder / "provenance.json")
+        run = _json(folder.parent / "run.json")
+        if run["final_digest"] != facts["adapter_digest"]:  # another model was put there since
+            return {}
+        found = _json(folder.parent / "evaluation.json")
+        if run["warmup"]["source"] == "none":
+            found = evaluate.without_warmup(found)
+        masked = run["secure_aggregation"] != "none"
+        about = {"run": run["name"], "simulated": facts["simulated"], "masked": masked}
+        return Federated.model_validate(about | _pooled(found)).model_dump(mode="json")
+    # Files of a person's, read beside what was asked for: whatever is wrong with them must not cost the evaluation.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        return {}
+
+
+def _pooled(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's evaluation.json in the words of this one, without its features and sections: some are of few patients."""
+    unreadable = found.get("tasks_unreadable")
+    more = [*([f"The tasks have no result: {unreadable}."] if unreadable else []), task_tables.all_tasks(found)]
+    return {
+        **{key: found[key] for key in ("n", "sites", "noise", "chance")},
+        "models": {
+            name: {"value": found[name]["accuracy"], "ci95": found[name]["ci95"]}
+            for name in (*evaluate.MODELS, MAJORITY)
+            if name in found
+        },
+        "paired": [_pair(name, pair) for name, pair in found["paired"].items()],
+        "findings": [evaluate.verdict(found), evaluate.baselines(found), *filter(None, more)],
+        "worse": list(_got_worse(found)),
+        "tasks": found.get("tasks", []),
+    }
+
+
+def _pair(name: str, pair: Mapping[str, Any]) -> dict[str, Any]:
+    """A paired comparison of a run's file; `name`: "final-base"."""
+    model, against = name.split("-")
+    figures = {key: pair[key] for key in ("difference", "ci95", "detectable")}
+    alone = {"only_model": pair["only_later"], "only_against": pair["only_earlier"]}
+    return {"model": model, "against": against, **figures, "p": pair["mcnemar_p"], **alone}
+
+
+def _got_worse(found: Mapping[str, Any]) -> Iterator[str]:
+    """What is shown worse than before the rounds: all of it, tasks, subgroups of tasks."""
+    before = "warmup" if "warmup" in found else "base"
+    if evaluate.shown(found["paired"][f"final-{before}"]) < 0:
+        yield evaluate.verdict(found)
+    for told in found.get("tasks", ()):
+        if "models" not in told:  # of too few patients
+            continue
+        for pair in told["paired"]:
+            if pair["against"] == told["reference"] and shown_direction(pair) < 0:
+                yield f"{told['title']}: {compared(pair, told['n'])}"
+        for row in told["subgroups"]["worse"]:
+            size = f"{100 * abs(row['difference']):.1f} points"
+            yield f"{told['title']}: {row['axis']} '{row['stratum']}' got worse by {size} ({figures(row)})."
+
+
+def _json(file: Path) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)  # NaN, which evaluation.json does not hold
+
+    return json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
 
 
 def _adapter(model: str) -> tuple[Path | None, str]:

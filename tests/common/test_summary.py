@@ -144,6 +144,27 @@ def test_too_few_patients_are_not_reported_and_an_unknown_model_is_a_mistake(fea
         summarised(features, reference="other")
 
 
+def test_whether_patients_with_the_event_are_told_apart_is_said(outcomes: Scored) -> None:
+    """A model that always says the frequent answer is right often, and ranks nobody."""
+    summary = summarise_task(outcomes, name="death", reference="base", final="final", n_bootstrap=400)
+    area = summary["models"]["final"]["event"]["auroc"]
+    [said] = [line for line in summary["findings"] if "AUROC" in line]
+    assert f"AUROC {area['value']:.3f}" in said
+    assert ("better than guessing" in said) == (area["ci95"][0] > 0.5)
+    rng = np.random.default_rng(3)
+    p = rng.uniform(0.6, 1.0, len(outcomes))
+    rows, event = np.arange(len(outcomes)), outcomes.event
+    blind = np.zeros((len(outcomes), 2))
+    blind[rows, event], blind[rows, 1 - event] = 1 - p, p
+    answers = replace(outcomes.models["final"], probabilities=blind, chosen=1 - event)
+    summary = summarise_task(
+        replace(outcomes, models={**outcomes.models, "final": answers}),
+        name="death", reference="base", final="final", n_bootstrap=400,
+    )  # fmt: skip
+    [said] = [line for line in summary["findings"] if "AUROC" in line]
+    assert "which cannot be told from guessing" in said
+
+
 def test_small_groups_events_and_bins_are_left_out_and_said_so() -> None:
     scored = simulated(60, THREE, seed=5, per_patient=1, outcome=True)
     rare = np.where(np.arange(60) < 6, scored.answer, 1 - scored.answer)  # six events

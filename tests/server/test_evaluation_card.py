@@ -7,6 +7,7 @@ from wardround.server.evaluate import percent
 from wardround.server.evaluation_card import evaluation_card
 
 from tests.server.evaluation_case import alone, case
+from tests.server.test_evaluation_report import SUMS, stats
 
 ITEMS = list(
     map(
@@ -59,6 +60,24 @@ def test_names_of_a_user_cannot_break_the_card() -> None:
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in rows} == {6}
 
 
-def test_a_review_is_told_with_its_figures() -> None:
-    review = {"models": ["base", "final"], "people": {"preference": {"a": 5, "b": 12}, "agreement": None}}
-    assert "preference · b: 12" in evaluation_card(case(review=review))
+def test_a_review_is_told_with_its_figures_and_programs_apart() -> None:
+    found = stats(judges=1)
+    card = evaluation_card(case(review=found))
+    told = card[card.index("### 7d") : card.index("### 7e")]
+    experts, programs = told.split("Programs as judges")
+    for part, kind in ((experts, "people"), (programs, "judges")):
+        preference = found[kind]["preference"]
+        assert f"final {preference['b']}, base {preference['a']}, about equal {preference['equal']}" in part
+    assert "No such assessment" in evaluation_card(case())
+    assert "No person has rated yet" in evaluation_card(case(review=stats(people=0, judges=1)))
+
+
+def test_what_the_sites_own_patients_gave_stands_beside_the_performance_and_a_loss_with_the_fairness() -> None:
+    card = evaluation_card(case(federated=SUMS))
+    performance = card[card.index("### 17") : card.index("### 18")]
+    assert "304 questions, one a patient, at 4 simulated sites of run icu-4" in performance
+    assert "warmed up 59.2 % (53.6 to 64.8 %)" in performance and "chance 30.5 %" in performance
+    assert "Death in hospital (ICU): age 80+: worse than warmup" in performance
+    assert "own test patients: The rounds lowered accuracy" in card[card.index("### 19a") : card.index("### 19b")]
+    assert "own test patients" not in evaluation_card(case())
+    assert re.findall(r"^### (\S+) ", card, re.MULTILINE) == ITEMS
