@@ -140,17 +140,25 @@ def _losses(evaluation: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _behind(evaluation: Mapping[str, Any]) -> Iterator[str]:
-    """Which other models are shown better than the final one, and in which tasks."""
+    """Which other models are shown better than the final one, and in which tasks; where the usual answer does as well."""
     asked: dict[str, int] = {}
     better: dict[str, list[str]] = {}
+    usual: list[str] = []
     for task in evaluation["tasks"]:
         for pair in task["paired"]:
+            if (pair["model"], pair["against"]) == (task["final"], MAJORITY) and shown_direction(dict(pair)) == 0:
+                usual.append(_title(evaluation, task))
             if pair["model"] != task["final"] or pair["against"] == task["reference"]:
                 continue
             other = label(pair["against"])
             asked[other] = asked.get(other, 0) + 1
             if shown_direction(dict(pair)) < 0:
                 better.setdefault(other, []).append(f"{_title(evaluation, task)} ({points(pair['difference'])})")
+    if usual:
+        yield (
+            f"Always choosing the most frequent option cannot be told apart from it in {len(usual)} of "
+            f"{len(evaluation['tasks'])}: {', '.join(usual)}."
+        )
     for other, tasks in better.items():
         yield f"Worse than {other} in {len(tasks)} of {asked[other]}: {', '.join(tasks)}; in points."
 
