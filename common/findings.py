@@ -57,6 +57,19 @@ def figures(comparison: Mapping[str, Any]) -> str:
     return f"95 % interval {low} to {high}, {corrected}{p_value(comparison.get('p_holm', comparison['p']))}"
 
 
+def auroc(figure: Mapping[str, Any]) -> str:
+    """An area under the ROC curve, and what it says beside guessing.
+
+    >>> auroc({"value": 0.71, "ci95": [0.6, 0.81]})
+    'AUROC 0.710 (95 % interval 0.600 to 0.810), better than guessing'
+    """
+    low, high = figure["ci95"]
+    word = "better than guessing" if low > 0.5 else "which cannot be told from guessing"
+    if high < 0.5:
+        word = "worse than guessing"
+    return f"AUROC {figure['value']:.3f} (95 % interval {low:.3f} to {high:.3f}), {word}"
+
+
 def power_sentence(power: Mapping[str, Any]) -> str:
     """What so many questions could not have shown.
 
@@ -133,12 +146,7 @@ def _ranking(summary: Mapping[str, Any]) -> Iterator[str]:
     event = summary["models"][final]["event"]
     if event is None:
         return
-    (low, high), area = event["auroc"]["ci95"], event["auroc"]["value"]
-    if low > 0.5:
-        word = "better than guessing"
-    else:
-        word = "worse than guessing" if high < 0.5 else "which cannot be told from guessing"
-    said = f"{final} ranks patients by the event with AUROC {area:.3f} (95 % interval {low:.3f} to {high:.3f}), {word}"
+    said = f"{final} ranks patients by the event with {auroc(event['auroc'])}"
     change = None if final == reference else _pair(summary, final, reference)["auroc"]
     if change is None:
         yield f"{said}."

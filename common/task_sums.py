@@ -8,7 +8,8 @@ Private: a stratum of few patients says much about them; the coordinator can rea
 than `min_cell` patients. Nothing here is noised, so private runs ask no tasks (common/config.py).
 
 What strata there are follows from task and dictionary alone, so that all hospitals send the same places and none shows
-which it has. Not had from sums: calibration curves, balanced accuracy, position bias, and the result without one site.
+which it has. Not told from sums: calibration curves, position bias, how often an answer was forced, and the result
+without one site.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from .dictionary import Dictionary
 from .errors import ConfigError, ProtocolError
 from .event_sums import EVENT_SIZE, EventSums
-from .findings import figures, points
+from .findings import auroc, figures, points
 from .intervals import detectable_difference, independent_difference
 from .metrics import event_probability, majority_classes
 from .model_figures import says_probabilities
@@ -365,9 +366,8 @@ def _findings(summary: Mapping[str, Any]) -> list[str]:
             )
     event = summary["models"][final].get("event")
     if event:
-        low, high = event["auroc"]["ci95"]
         found.append(
-            f"{final} ranks the event with AUROC {event['auroc']['value']:.3f} ({low:.3f} to {high:.3f}; "
-            f"{event['events']:,} of {event['n']:,} had it; 0.5 is guessing)."
+            f"{final} ranks patients by the event with {auroc(event['auroc'])}; {event['events']:,} of {event['n']:,} "
+            "had it."
         )
     return found

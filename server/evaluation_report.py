@@ -140,7 +140,7 @@ def _losses(evaluation: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _behind(evaluation: Mapping[str, Any]) -> Iterator[str]:
-    """Which other models are shown better than the final one, and in which tasks; where the usual answer does as well."""
+    """Which other models are shown better than the final one, in which tasks; where the usual answer does as well."""
     asked: dict[str, int] = {}
     better: dict[str, list[str]] = {}
     usual: list[str] = []
