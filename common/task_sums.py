@@ -31,7 +31,7 @@ from .metrics import event_probability, majority_classes
 from .model_figures import says_probabilities
 from .patient_sums import ClusterSums, PatientSums, sums_size
 from .scored import MAJORITY, Scored
-from .statistics import CHANCE_UNIT, MAX_COUNT, Z95
+from .statistics import CHANCE_UNIT, MAX_COUNT
 from .subgroups import correct_family, shown_direction
 from .tasks import Task
 
@@ -40,6 +40,7 @@ Cell = tuple[str, str]  # axis and stratum; ("", "") is everybody
 EVERYBODY: Cell = ("", "")
 CLASS: Cell = ("", "class")  # patients with the event; of features, those whose value is the most frequent option
 MIN_CELL = 10
+SPOKEN = {"base": "the base model", "warmup": "the warmed-up model", "final": "the final model"}  # in sentences
 
 
 def run_tasks(tasks: Sequence[Mapping[str, Any]], dictionary: Dictionary) -> list[Task]:
@@ -264,9 +265,10 @@ def _accuracies(sums: PatientSums) -> dict[str, dict[str, Any]]:
 
 
 def _mean(one: ClusterSums, other: ClusterSums) -> dict[str, Any]:
-    """Of the accuracies in two groups of other people: balanced accuracy."""
-    value, half = (one.value + other.value) / 2, Z95 * math.hypot(one.standard_error, other.standard_error) / 2
-    return {"value": value, "ci95": [max(0.0, value - half), min(1.0, value + half)]}
+    """Of the accuracies in two groups of other people: balanced accuracy; its interval is of both groups' own."""
+    value, (low, high), (below, above) = (one.value + other.value) / 2, one.ci95(), other.ci95()
+    least = math.hypot(one.value - low, other.value - below) / 2
+    return {"value": value, "ci95": [value - least, value + math.hypot(high - one.value, above - other.value) / 2]}
 
 
 def _event(event: EventSums) -> dict[str, Any]:
@@ -340,8 +342,9 @@ def _gap(inside: ClusterSums, outside: ClusterSums) -> dict[str, Any] | None:
 
 def compared(pair: Mapping[str, Any], n: int) -> str:
     """A paired difference of `told` in a sentence."""
-    final = pair["model"]
-    other = "always choosing the most frequent option" if pair["against"] == MAJORITY else pair["against"]
+    final = _first(SPOKEN.get(pair["model"], pair["model"]))
+    names = {**SPOKEN, MAJORITY: "always choosing the most frequent option"}
+    other = names.get(pair["against"], pair["against"])
     if way := shown_direction(dict(pair)):
         word = "better" if way > 0 else "worse"
         return f"{final} is {word} than {other} by {100 * abs(pair['difference']):.1f} points ({figures(pair)})."
@@ -352,22 +355,26 @@ def compared(pair: Mapping[str, Any], n: int) -> str:
     return f"{told}; with n = {n:,} {missed})."
 
 
+def _first(text: str) -> str:
+    """As the beginning of a sentence."""
+    return text[:1].upper() + text[1:]
+
+
 def _findings(summary: Mapping[str, Any]) -> list[str]:
     """The result in sentences: against the model before, the majority option, by subgroup, and how events rank."""
-    final, found = summary["final"], list[str]()
+    final, before = (SPOKEN.get(name, name) for name in (summary["final"], summary["reference"]))
+    found: list[str] = []
     for pair in summary["paired"]:
         if pair["against"] in (summary["reference"], MAJORITY):
             found.append(compared(pair, summary["n"]))
     for way, word in (("worse", "worse"), ("better", "better")):
         for row in summary["subgroups"][way]:
             found.append(
-                f"{row['axis']} {row['stratum']}: {word} than {summary['reference']} by "
+                f"{row['axis']} {row['stratum']}: {word} than {before} by "
                 f"{100 * abs(row['difference']):.1f} points ({figures(row)})."
             )
-    event = summary["models"][final].get("event")
+    event = summary["models"][summary["final"]].get("event")
     if event:
-        found.append(
-            f"{final} ranks patients by the event with {auroc(event['auroc'])}; {event['events']:,} of {event['n']:,} "
-            "had it."
-        )
+        had = f"{event['events']:,} of {event['n']:,} had it"
+        found.append(f"{_first(final)} ranks patients by the event with {auroc(event['auroc'])}; {had}.")
     return found

@@ -89,13 +89,13 @@ def test_a_subgroup_that_got_worse_is_named_although_the_whole_got_better():
     worse = {("final", AGES[-1]): -0.3}
     got = report(summed([hospital(seed, n=700, accuracy=accuracy, shift=worse) for seed in range(4)]))
     assert [row["stratum"] for row in got["subgroups"]["worse"]] == [AGE[AGES[-1]]]
-    assert any(line.startswith(f"age {AGE[AGES[-1]]}: worse than warmup") for line in got["findings"])
+    assert any(line.startswith(f"age {AGE[AGES[-1]]}: worse than the warmed-up model") for line in got["findings"])
 
 
 def test_models_that_do_not_differ_are_seldom_said_to():
     same = {"base": 0.5, "warmup": 0.6, "final": 0.6}
     said = [report(summed([hospital(seed, n=200, accuracy=same)])) for seed in range(100)]
-    assert sum("cannot be told apart from warmup" in one["findings"][0] for one in said) >= 90
+    assert sum("cannot be told apart from the warmed-up model" in one["findings"][0] for one in said) >= 90
     assert sum(bool(one["subgroups"]["worse"] or one["subgroups"]["better"]) for one in said) <= 8
 
 
