@@ -40,7 +40,12 @@ Cell = tuple[str, str]  # axis and stratum; ("", "") is everybody
 EVERYBODY: Cell = ("", "")
 CLASS: Cell = ("", "class")  # patients with the event; of features, those whose value is the most frequent option
 MIN_CELL = 10
-SPOKEN = {"base": "the base model", "warmup": "the warmed-up model", "final": "the final model"}  # in sentences
+_SPOKEN = {
+    "base": "the base model",
+    "warmup": "the warmed-up model",
+    "final": "the final model",
+    MAJORITY: "always choosing the most frequent option",
+}
 
 
 def run_tasks(tasks: Sequence[Mapping[str, Any]], dictionary: Dictionary) -> list[Task]:
@@ -342,9 +347,7 @@ def _gap(inside: ClusterSums, outside: ClusterSums) -> dict[str, Any] | None:
 
 def compared(pair: Mapping[str, Any], n: int) -> str:
     """A paired difference of `told` in a sentence."""
-    final = _first(SPOKEN.get(pair["model"], pair["model"]))
-    names = {**SPOKEN, MAJORITY: "always choosing the most frequent option"}
-    other = names.get(pair["against"], pair["against"])
+    final, other = _first(_spoken(pair["model"])), _spoken(pair["against"])
     if way := shown_direction(dict(pair)):
         word = "better" if way > 0 else "worse"
         return f"{final} is {word} than {other} by {100 * abs(pair['difference']):.1f} points ({figures(pair)})."
@@ -355,6 +358,10 @@ def compared(pair: Mapping[str, Any], n: int) -> str:
     return f"{told}; with n = {n:,} {missed})."
 
 
+def _spoken(name: str) -> str:
+    return _SPOKEN.get(name, name)
+
+
 def _first(text: str) -> str:
     """As the beginning of a sentence."""
     return text[:1].upper() + text[1:]
@@ -362,7 +369,7 @@ def _first(text: str) -> str:
 
 def _findings(summary: Mapping[str, Any]) -> list[str]:
     """The result in sentences: against the model before, the majority option, by subgroup, and how events rank."""
-    final, before = (SPOKEN.get(name, name) for name in (summary["final"], summary["reference"]))
+    final, before = _spoken(summary["final"]), _spoken(summary["reference"])
     found: list[str] = []
     for pair in summary["paired"]:
         if pair["against"] in (summary["reference"], MAJORITY):
