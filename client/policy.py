@@ -104,6 +104,12 @@ def check_instruction(
         )
     _at_most("max_rounds", policy.max_rounds, federation.rounds)
     _at_most("max_local_steps", policy.max_local_steps, config.grpo.local_steps)
+    asked = config.evaluation.questions_per_site
+    if asked < policy.min_test_patients:  # said at the start: after all rounds it would leave the run without a result
+        raise RefusedError(
+            f"policy.min_test_patients: this hospital allows {policy.min_test_patients} or more, the coordinator asks "
+            f"for {asked} (evaluation.questions_per_site)"
+        )
     if not 0 <= instruction.round_index <= federation.rounds:
         raise RefusedError(f"round {instruction.round_index}: the run's config says rounds 0 to {federation.rounds}")
     check_privacy(policy, dictionary, config.privacy)

@@ -120,7 +120,8 @@ _SENTENCES: Mapping[str, Callable[[PolicyConfig], str]] = {
         else "This hospital takes part with any number of training patients."
     ),
     "min_test_patients": lambda policy: (
-        f"The answers of fewer than {policy.min_test_patients} test patients are not added to any sum of test results."
+        f"The answers of fewer than {policy.min_test_patients} test patients are not added to any sum of test results; "
+        "with fewer, this hospital takes no part in those of a private run, nor in a run that asks fewer."
         if policy.min_test_patients > 1
         else "The answers of any number of test patients are added to the sums of test results."
     ),

@@ -347,7 +347,8 @@ def _scored(
     """The tally of test questions, the sums of the run's tasks, and the samples that may be shown, as JSON."""
     settings, limits = run.config.evaluation, run.site.config.policy
     questions = run.held_out("test", schema, settings.questions_per_site)
-    if not policy.enough_test_patients(limits, len(questions)):
+    # In a private run `evaluate` has refused already if it had to: zeros here would turn on a single patient.
+    if not run.config.privacy.enabled and not policy.enough_test_patients(limits, len(questions)):
         questions = []
     tasks: list[Task] = []
     exams: list[Exam | None] = []
@@ -380,7 +381,8 @@ def _scored(
     if tasks:
         from .task_exams import task_vector
 
-        of_tasks = task_vector(tasks, exams, {name: found[1:] for name, found in every.items()}, run.site.dictionary)
+        of_exams = {name: found[1:] for name, found in every.items()}
+        of_tasks = task_vector(tasks, exams, of_exams, run.site.dictionary, limits)
     outcomes = {name: found[0] for name, found in every.items()}
     tally, samples = Tally.of(questions, outcomes, schema.names), _samples(run, lm, questions, outcomes)
     local_report.write(

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..common.config import PolicyConfig
 from ..common.dictionary import Dictionary
 from ..common.errors import ConfigError, RegistryError
 from ..common.patient_sums import PatientSums, sums_size
@@ -21,7 +23,7 @@ from ..common.schema import Schema
 from ..common.scored import MAJORITY
 from ..common.seeds import derive_rng
 from ..common.task_sums import TaskSums
-from ..common.tasks import Task
+from ..common.tasks import UNKNOWN, Task
 from . import policy
 from .exam import Exam, answered, make_exam
 from .folder import SiteRun
@@ -54,16 +56,20 @@ def task_vector(
     exams: Sequence[Exam | None],
     outcomes: Mapping[str, Sequence[Any]],
     dictionary: Dictionary,
+    site_policy: PolicyConfig,
 ) -> Ints:
     """What this site adds to the sum of all tasks (`common.task_sums.tasks_size` numbers).
+
+    An axis that divides patients by what this hospital never asks has zeros from it.
 
     Args:
         tasks: the run's.
         exams: as `make_exams` gives them.
         outcomes: model → `common.lm.answers.Outcomes` of every exam there is, in their order.
         dictionary: of the registry.
+        site_policy: this hospital's.
     """
-    models, parts = tuple(outcomes), list[Ints]()
+    models, parts, never = tuple(outcomes), list[Ints](), set(site_policy.targets_never_asked)
     people: list[NDArray[Any]] = []
     right: list[NDArray[np.bool_]] = []
     asked = 0
@@ -72,6 +78,12 @@ def task_vector(
         if exam is not None:
             options = [len(question.options) for question in exam.questions]
             scored = exam.scored({name: answered(found[asked], options) for name, found in outcomes.items()}, {})
+            divided = {
+                axis: (UNKNOWN,) * len(scored) if never & set(task.strata[axis].features) else labels
+                for axis, labels in scored.strata.items()
+                if axis in task.strata
+            }
+            scored = replace(scored, strata=divided)
             people.append(exam.registry.patients[exam.rows].astype(str))
             right.append(np.stack([scored.correct(name) for name in (*models, MAJORITY)], axis=1))
             asked += 1

@@ -196,15 +196,23 @@ class EvaluationConfig(Frozen):
     @field_validator("tasks", mode="before")
     @classmethod
     def in_full(cls, tasks: Any) -> Any:
-        from .tasks import Task, load_task  # which imports this module
+        from .tasks import Task, load_task, shipped  # which imports this module
 
         if not isinstance(tasks, list | tuple):
             raise ValueError("expected a list of tasks")
         found: list[Task] = []
-        for item in cast("list[Any]", tasks):
-            if isinstance(item, str) and not re.fullmatch(r"[a-z0-9_-]{1,64}", item):
-                raise ValueError(f"expected the name of a shipped task, or a task in full, got '{item}'")
-            found.append(load_task(item) if isinstance(item, str) else Task.model_validate(item))
+        for place, item in enumerate(cast("list[Any]", tasks), start=1):
+            if isinstance(item, str):
+                if item not in shipped():
+                    raise ValueError(
+                        f"no such task {item!r}; shipped are {', '.join(shipped())}, others are given in full"
+                    )
+                found.append(load_task(item))
+                continue
+            try:
+                found.append(Task.model_validate(item))
+            except ValidationError as error:
+                raise ValueError(f"task {place}: {describe(error)}") from None
         names = [task.name for task in found]
         if len(set(names)) < len(names):
             raise ValueError("a task is named twice")

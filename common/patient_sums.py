@@ -73,13 +73,13 @@ class ClusterSums:
         """95 % interval by t, cut off at the least and most possible; from one to the other for a single patient.
 
         What has no scatter is not certain: of a share of 0 or 1 it is Wilson's of the patients, of a difference
-        (`least` below 0) that is 0 for each of them the exact limit of what so few could have missed.
+        (`least` below 0) that is one for each of them the exact limit of what so few could have missed.
         """
         if self.patients < 2:
             return [least, most]
-        if least < 0 and self.xx == 0:
+        if least < 0 and self.standard_error == 0:
             missed = 1.0 - 0.025 ** (1.0 / self.patients)
-            return [-missed, missed]
+            return [max(least, self.value - missed), min(most, self.value + missed)]
         if least >= 0 and self.x in (0, self.n):
             return wilson(self.patients if self.x else 0, self.patients)
         half = t_quantile(0.975, self.patients - 1) * self.standard_error

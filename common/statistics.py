@@ -295,7 +295,10 @@ def summarise(
     """
     n = max(int(tally.n.sum()), 1 if tally.noise else 0)
     if n == 0:
-        raise RegistryError("no held-out question could be asked: no test patient has a value that may be masked")
+        raise RegistryError(
+            "no held-out question could be asked: no test patient has a value that may be masked, or no hospital has "
+            "as many test patients as its policy's min_test_patients"
+        )
     bootstrap = _Bootstrap(tally.patterns.sum(axis=0), tally.noise, n_bootstrap, seed)
     names = (*tally.models, MAJORITY)
     right = {name: right_column_mask(tally.models, name).astype(np.int64) for name in names}

@@ -38,7 +38,7 @@ from .tasks import Task
 Ints = NDArray[np.int64]
 Cell = tuple[str, str]  # axis and stratum; ("", "") is everybody
 EVERYBODY: Cell = ("", "")
-CLASS: Cell = ("", "class")  # patients with the event; of features, those whose value is the most frequent option
+CLASS: Cell = ("", "class")  # patients with the event; of features, those whose value is not the most frequent option
 MIN_CELL = 10
 _SPOKEN = {
     "base": "the base model",
@@ -58,12 +58,16 @@ def run_tasks(tasks: Sequence[Mapping[str, Any]], dictionary: Dictionary) -> lis
     for task in found:
         if task.kind == "open":
             raise ConfigError(f"evaluation.tasks: '{task.name}' is answered in free text, which leaves no hospital")
+        if "site" in task.strata:
+            raise ConfigError(
+                f"evaluation.tasks: '{task.name}' has strata 'site', but a sum does not tell hospitals apart"
+            )
         task.check(dictionary)
     return found
 
 
 def cells_of(task: Task, dictionary: Dictionary) -> list[Cell]:
-    """Everybody, the class of the event (or of the most frequent option), every stratum of every axis, axes by name.
+    """Everybody, one of both classes of balanced accuracy, every stratum of every axis, axes by name.
 
     For a config that went through JSON may have them in another order.
     """
@@ -148,7 +152,8 @@ class TaskSums:
     def _check(self) -> None:
         """One question a patient, strata of an axis that are other people, and nobody in one who is not in all."""
         whole = self.cells[EVERYBODY]
-        fits = all(cell.patients == cell.first[0] == cell.second[0, 0] for cell in self.cells.values())
+        fits = all(map(_of_one_question, self.cells.values()))
+        fits = fits and all(_of_one_question(whole.without(cell)) for cell in self.cells.values())
         for axis in ("", *self.task.strata):
             own = [cell for (of, label), cell in self.cells.items() if of == axis and label]
             if own:
@@ -158,6 +163,13 @@ class TaskSums:
         fits = fits and self.questions * CHANCE_UNIT <= 10 * self.chance <= 10 * self.questions * CHANCE_UNIT
         if not fits:
             raise ProtocolError(f"task '{self.task.name}': sums that contradict each other")
+
+
+def _of_one_question(sums: PatientSums) -> bool:
+    """Whether these can be sums over patients of one question each: 2 × 2 tables of every two models, none negative."""
+    right, both, n = np.diag(sums.second), sums.second, sums.patients
+    least, most = np.maximum(0, right[:, None] + right - n), np.minimum(right[:, None], right)
+    return n == sums.first[0] and np.array_equal(right, sums.first) and bool(np.all((both >= least) & (both <= most)))
 
 
 def task_size(task: Task, dictionary: Dictionary, models: Sequence[str]) -> int:
@@ -225,7 +237,9 @@ def told(
     except ProtocolError as error:
         return {"tasks": [], "all_tasks": None, "tasks_unreadable": str(error)}
     everything = None
-    if pooled is not None and pooled.patients >= min_cell:
+    # Nothing over all tasks where one is too small to be told: it would follow by subtraction.
+    hides = any(0 < one.questions < min_cell for one in found)
+    if pooled is not None and pooled.patients >= min_cell and not hides:
         everything = {**_size(pooled), "models": _accuracies(pooled), "paired": _pairs(pooled, final)}
     return {"tasks": [_told(one, reference, final, min_cell) for one in found], "all_tasks": everything}
 

@@ -20,6 +20,7 @@ from .dictionary import Dictionary, Feature
 from .errors import ConfigError
 from .scored import AXES
 
+MOST_EDGES = 11  # of an axis: groups, not single patients
 UNKNOWN = ""  # the stratum of a patient whose value is not known
 
 Kind = Literal["denoising", "outcome", "open"]
@@ -45,6 +46,11 @@ class Axis(Frozen):
             raise ValueError("count needs edges, the numbers at which a stratum begins")
         if list(self.edges) != sorted(set(self.edges)):
             raise ValueError(f"edges: expected rising numbers, got {list(self.edges)}")
+        if len(self.edges) > MOST_EDGES:
+            raise ValueError(f"edges: expected at most {MOST_EDGES}, got {len(self.edges)}: strata of few patients")
+        named = [self._between(edge, whole=bool(self.count)) for edge in (-np.inf, *self.edges)] if self.edges else []
+        if len(set(named)) < len(named):
+            raise ValueError(f"edges: too close to be told apart in six digits, {list(self.edges)}")
         return self
 
     @property

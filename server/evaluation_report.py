@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.files import write_atomic
-from ..common.findings import p_value, percent, points
+from ..common.findings import auroc, p_value, percent, points
 from ..common.scored import MAJORITY
 from ..common.subgroups import shown_direction
 from . import evaluate, plots
@@ -169,11 +169,8 @@ def _losses_of(task: Mapping[str, Any], name: str) -> Iterator[str]:
         yield f"{name}: worse as a whole, {_in_words(pair)}."
     event = task["models"][final]["event"]
     if event is not None and event["auroc"]["ci95"][0] <= 0.5:
-        low, high = event["auroc"]["ci95"]
-        yield (
-            f"{name}: {final} does not tell patients with the event from those without (AUROC "
-            f"{event['auroc']['value']:.3f}, 95 % interval {low:.3f} to {high:.3f}; 0.5 is guessing)."
-        )
+        found = auroc(event["auroc"])
+        yield f"{name}: {final} is not shown to tell patients with the event from those without: {found}."
     for row in task["subgroups"]["worse"]:
         yield f"{name}: {row['axis']} '{row['stratum']}' got worse, {_in_words(row)}, n = {row['n']:,}."
     for key, noun in (("by_section", "section"), ("by_target", "target")):

@@ -257,7 +257,8 @@ def _ask(
     changed: ModelConfig = config.model.model_copy(update={"id": base})
     digest = base_digest(resolve(base))
     if adapter is not None:
-        digest += f" {hashlib.sha256((adapter / 'adapter_model.safetensors').read_bytes()).hexdigest()}"
+        files = (adapter / "adapter_config.json", adapter / "adapter_model.safetensors")
+        digest = " ".join([digest, *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)])
     loaded: list[Any] = []
 
     def lm() -> Any:  # loaded only where something is left to ask

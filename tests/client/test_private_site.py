@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import tomli_w
-from wardround.client import grpo
+from wardround.client import grpo, site
 from wardround.client import ledger as ledger_module
-from wardround.client.folder import Site
+from wardround.client.folder import Site, SiteRun
 from wardround.client.gate import respond
 from wardround.client.policy import NO_SAMPLES
 from wardround.client.registry import to_registry
@@ -264,6 +264,31 @@ def test_samples_of_an_open_registry_leave_in_runs_without_privacy_alone(
     assert (reply.samples == NO_SAMPLES) == private
     report = (hospital.site.run_folder(RUN) / "report.html").read_text()
     assert "<h2>Sample questions</h2>" in report  # the site's own shows them
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_patient_who_cannot_be_asked_turns_no_results_of_a_private_run_into_zeros(
+    tmp_path: Path, tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch, private: bool
+):
+    """One patient more would then change them by all that are asked, which the noise is not made for."""
+    hospital = Hospital(tmp_path, tiny_model_path, enabled=private)
+    hospital.set_up()
+    hospital.limit(min_test_patients=4)
+    held_out, seen = SiteRun.held_out, list[int]()
+
+    def one_less(run: SiteRun, split: str, schema: Schema, n: int) -> Any:
+        return held_out(run, split, schema, n)[:-1]
+
+    def scored(*about: Any) -> Any:
+        tally, *more = whole(*about)
+        seen.append(int(tally.n.sum()))
+        return tally, *more
+
+    whole = site._scored
+    monkeypatch.setattr(SiteRun, "held_out", one_less)
+    monkeypatch.setattr(site, "_scored", scored)
+    assert isinstance(hospital.ask(hospital.test(1)), EvaluateReply), hospital.log()
+    assert seen == [3 if private else 0]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from wardround.common.config import packaged
 from wardround.common.dictionary import load_dictionary
 from wardround.common.errors import ConfigError, ProtocolError
+from wardround.common.event_sums import EventSums
 from wardround.common.patient_sums import PatientSums, sums_size
 from wardround.common.scored import MAJORITY, Scored, concat
 from wardround.common.summary import summarise_task
@@ -209,6 +210,59 @@ def test_more_patients_with_probabilities_than_patients_are_refused():
     vector[-5] += 1
     with pytest.raises(ProtocolError, match="contradict"):
         TaskSums.from_vector(vector, TASK, DICTIONARY, MODELS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(
+            {"right": 90, "own": 60, "own_right": 10}, id="a stratum whose others have more right than questions"
+        ),
+        pytest.param(
+            {"right": 90, "own": 60, "own_right": 60, "both": 10}, id="models that differ more often than asked"
+        ),
+    ],
+)
+def test_tables_with_a_negative_number_are_refused(change: dict[str, int]):
+    """What a lying hospital can make of a sum, and what no patients are."""
+
+    def sums(n: int, right: int, both: int | None = None) -> PatientSums:
+        first = np.array([n, right, right, right, right], np.int64)
+        second = np.full((5, 5), right if both is None else both, np.int64)
+        second[0], second[:, 0] = first, first
+        second[np.arange(1, 5), np.arange(1, 5)] = right
+        return PatientSums(MODELS, n, first, second)
+
+    honest = TaskSums.of(hospital(1), TASK, DICTIONARY, MODELS)
+    none = PatientSums.from_vector(np.zeros(sums_size(MODELS), np.int64), MODELS)
+    cells = dict.fromkeys(honest.cells, none)
+    cells["", ""] = sums(100, change["right"], change.get("both"))
+    cells[next(cell for cell in cells if cell[0] == "sex")] = sums(change["own"], change["own_right"])
+    wrong = replace(
+        honest,
+        cells=cells,
+        chance=100 * 1260,
+        events={m: EventSums.of(np.array([]), np.array([], bool)) for m in MODELS},
+    )
+    found = told(wrong.to_vector(), [TASK], DICTIONARY, MODELS, "warmup", "final", 100)
+    assert found["tasks"] == [] and "contradict" in found["tasks_unreadable"]
+
+
+def test_nothing_is_told_over_all_tasks_where_one_is_of_too_few():
+    """It would follow by subtraction."""
+    many, few = hospital(1, n=120), hospital(2, n=5)
+    right = np.concatenate([np.stack([s.correct(m) for m in (*MODELS, MAJORITY)], axis=1) for s in (many, few)])
+    pooled = PatientSums.of_answers(MODELS, np.concatenate([many.patients, few.patients]), right)
+    parts = [TaskSums.of(one, TASK, DICTIONARY, MODELS).to_vector() for one in (many, few)]
+    found = told(np.concatenate([*parts, pooled.to_vector()]), [TASK, TASK], DICTIONARY, MODELS, "warmup", "final", 120)
+    assert "models" in found["tasks"][0] and "models" not in found["tasks"][1]
+    assert found["all_tasks"] is None
+
+
+def test_a_task_that_would_tell_hospitals_apart_is_refused():
+    task = TASK.model_copy(update={"strata": {"site": TASK.strata["sex"]}})
+    with pytest.raises(ConfigError, match="does not tell hospitals apart"):
+        run_tasks([task.model_dump()], DICTIONARY)
 
 
 def test_a_task_of_another_registry_is_refused():

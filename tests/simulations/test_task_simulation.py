@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from wardround.client import task_exams
 from wardround.client.exam import Exam, answered
 from wardround.client.folder import Site, SiteRun
-from wardround.common.config import RunConfig, to_toml
+from wardround.common.config import RunConfig, load_run, to_toml
 from wardround.common.dictionary import load_dictionary
 from wardround.common.errors import ConfigError
 from wardround.common.files import read_record
@@ -19,7 +19,7 @@ from wardround.common.messages import SchemaInstruction
 from wardround.common.schema import Schema
 from wardround.common.scored import MAJORITY, concat
 from wardround.common.summary import summarise_task
-from wardround.common.task_sums import run_tasks
+from wardround.common.task_sums import TaskSums, run_tasks
 from wardround.server.tracking import SilentProgress
 from wardround.simulations.cli import simulate as command
 from wardround.simulations.federation import simulate
@@ -55,9 +55,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> tupl
     seen: Seen = []
     whole = task_exams.task_vector
 
-    def spy(tasks: Any, exams: Any, outcomes: Any, dictionary: Any) -> Any:
+    def spy(tasks: Any, exams: Any, outcomes: Any, *more: Any) -> Any:
         seen.append((list(exams), dict(outcomes)))
-        return whole(tasks, exams, outcomes, dictionary)
+        return whole(tasks, exams, outcomes, *more)
 
     out = tmp_path_factory.mktemp("tasks") / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -136,6 +136,17 @@ def test_the_terminal_tells_the_tasks(run: tuple[Path, dict[str, Any], Seen], tm
     assert "warmup" not in result.output  # it was off
 
 
+def _divided(seen: Any, config: RunConfig, site: Site, never: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The strata of the second task that a hospital with this policy fills."""
+    exams, outcomes = seen
+    tasks = run_tasks(config.evaluation.tasks, site.dictionary)[1:]
+    policy = site.config.policy.model_copy(update={"targets_never_asked": never})
+    answers = {name: found[1:] for name, found in outcomes.items()}
+    vector = task_exams.task_vector(tasks, exams[1:], answers, site.dictionary, policy)
+    cells = TaskSums.from_vector(vector, tasks[0], site.dictionary, MODELS).cells
+    return [{"axis": axis, "stratum": label} for (axis, label), cell in cells.items() if axis and cell.patients]
+
+
 def test_a_hospital_that_never_asks_an_outcome_adds_nothing_to_its_task(
     run: tuple[Path, dict[str, Any], Seen], tmp_path: Path, tiny_model_path: Path
 ):
@@ -150,8 +161,17 @@ def test_a_hospital_that_never_asks_an_outcome_adds_nothing_to_its_task(
     mortality, denoising = task_exams.make_exams(site_run, schema, run_tasks(config.evaluation.tasks, site.dictionary))
     assert mortality is None
     assert denoising is not None and "age" not in {question.target for question in denoising.questions}
+    assert {row["axis"] for row in _divided(run[2][0], config, site, ("hospdead", "age"))} == {
+        "sex",
+        "comorbidity",
+        "severity",
+    }
     nothing = task_exams.task_vector(
-        run_tasks(config.evaluation.tasks[:1], site.dictionary), [None], {name: [] for name in MODELS}, site.dictionary
+        run_tasks(config.evaluation.tasks[:1], site.dictionary),
+        [None],
+        {name: [] for name in MODELS},
+        site.dictionary,
+        policy,
     )
     assert not np.any(nothing)
 
@@ -160,7 +180,6 @@ def test_a_hospital_that_never_asks_an_outcome_adds_nothing_to_its_task(
     "tasks, said",
     [
         (["smart-mace"], "made for registry 'smart'"),
-        (["no-such"], "no such task"),
         (["support-antibiotics"], "free text"),
     ],
 )
@@ -187,24 +206,37 @@ def test_answers_of_fewer_patients_than_a_hospital_allows_are_in_no_sum(
     run: tuple[Path, dict[str, Any], Seen], tmp_path: Path, tiny_model_path: Path
 ):
     """Whatever the coordinator asks for; nobody sees which hospital it was."""
-    config, out = settings(tiny_model_path), tmp_path / "run"
+    every = {"questions_per_site": 2000, "bootstrap_samples": 100, "samples": 0, "tasks": TASKS}
+    config, out = settings(tiny_model_path, evaluation=every), tmp_path / "run"
 
     class Stricter(SilentProgress):
         def begin(self, phase: str, round_index: int, sites: object) -> None:
             if phase == "evaluate":
                 path = out / "sites" / "site-02" / "site.toml"
-                path.write_text(path.read_text().replace("min_test_patients = 1", "min_test_patients = 41"))
+                path.write_text(path.read_text().replace("min_test_patients = 1", "min_test_patients = 2000"))
 
     evaluation = simulate(config, out, resume=False, progress=Stricter())
     assert evaluation["sites"] == 3
-    assert evaluation["final"]["n"] == evaluation["tasks"][0]["n"] == evaluation["tasks"][1]["n"] == 80
+    others = [Site.open(out / "sites" / name / "site.toml").patients_of("test") for name in ("site-01", "site-03")]
+    assert evaluation["final"]["n"] == sum(map(len, others))
+    assert 0 < evaluation["tasks"][0]["n"] <= sum(map(len, others))
     assert not list((out / "sites" / "site-02" / "state" / "runs").glob("*/report.html"))
 
 
-@pytest.mark.parametrize("tasks", [["../../etc/passwd.toml"], ["a/b"], ["support-mortality", "support-mortality"]])
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        ["../../etc/passwd.toml"], ["a/b"], ["no-such"], ["a\nb"], ["support-mortality", "support-mortality"], [1], "x",
+        [{"name": "a"}],
+    ],
+)  # fmt: skip
 def test_a_coordinator_names_no_file_and_no_task_twice(tasks: list[str], tiny_model_path: Path):
     with pytest.raises(ValueError, match="tasks"):
         settings(tiny_model_path, evaluation={"tasks": tasks})
+    toml = json.dumps(tasks).replace('{"name": ', "{name = ")
+    with pytest.raises(ConfigError) as refused:
+        load_run(Path("demo"), (f"evaluation.tasks={toml}",))
+    assert len(str(refused.value).splitlines()) == 1
 
 
 def test_a_private_run_asks_no_tasks_for_their_sums_carry_no_noise(tiny_model_path: Path):
