@@ -186,6 +186,10 @@ def calibrated(answers: Answered, exam: Exam) -> Answered:
 
     The prior of a letter is what the model gives it on average over other patients' questions of the task: fair, for
     options are shuffled. No true answer is looked at.
+
+    Args:
+        answers: of the exam's questions; probabilities float64 (Q, W), of letters.
+        exam: in its first order.
     """
     n_options = np.array([len(question.options) for question in exam.questions], np.int64)
     patients = np.unique(exam.registry.patients[exam.rows].astype(str), return_inverse=True)[1].astype(np.int64)

@@ -344,7 +344,7 @@ def _evaluate(run: SiteRun, instruction: EvaluateInstruction) -> tuple[NDArray[n
 def _scored(
     run: SiteRun, schema: Schema, warmup: GlobalModel, final: GlobalModel
 ) -> tuple[Tally, NDArray[np.int64], str]:
-    """The tally of test questions, the sums of the run's tasks, and the samples that may be shown, as JSON."""
+    """The tally of test questions, the sums of the run's tasks (int64, empty without any), and the samples, as JSON."""
     settings, limits = run.config.evaluation, run.site.config.policy
     questions = run.held_out("test", schema, settings.questions_per_site)
     # In a private run `evaluate` has refused already if it had to: zeros here would turn on a single patient.

@@ -34,7 +34,16 @@ Ints = NDArray[np.int64]
 def make_exams(run: SiteRun, schema: Schema, tasks: Sequence[Task]) -> list[Exam | None]:
     """Each task's questions, one a test patient, at most `evaluation.questions_per_site`.
 
-    None: nobody can be asked, or fewer than this hospital's policy adds to a sum.
+    Args:
+        run: of this site, without differential privacy.
+        schema: the published one.
+        tasks: the run's, checked against the dictionary.
+
+    Returns:
+        One entry a task; None: nobody can be asked, or fewer than this hospital's policy adds to a sum.
+
+    Raises:
+        RefusedError: the policy leaves no target to ask at all.
     """
     site, allowed = run.site, policy.allowed_targets(run.site.config.policy, schema.names)
     exams: list[Exam | None] = []

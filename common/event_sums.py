@@ -48,7 +48,7 @@ class EventSums:
 
     @classmethod
     def of(cls, probability: Floats, happened: NDArray[np.bool_]) -> Self:
-        """The sums of these patients, one question each."""
+        """The sums of these patients, one question each: `probability` float64 (P,), 0 to 1; `happened` bool (P,)."""
         bins = np.zeros((2, BINS), np.int64)
         np.add.at(bins, (happened.astype(np.int64), np.searchsorted(EDGES, probability, side="right")), 1)
         squared = (probability - happened) ** 2
