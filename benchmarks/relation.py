@@ -1,11 +1,11 @@
 """Is it the reward or the adapter? One relation of the sanity registry, learnt by cross-entropy or by expected reward.
 
-    python benchmarks/relation.py --target signal_c [--loss reward] [--start fresh] [--rate 1e-3] [--device cuda]
+    python benchmarks/relation.py --target signal_c [--order sorted] [--loss reward] [--start fresh] [--device cuda]
 
 `wardround simulate experiment sanity` finds that relations between different words are not learnt (docs/results.md).
 Here nothing is in the way of one: a single process, no federation, no privacy, no validation gate, every question about
 one feature, every line of the record shown, Adam on the trained tensors. If cross-entropy, which knows the answer, does
-not learn it either, the reward is not what stands in the way. Prints accuracy on held-out rows every 50 steps and
+not learn it either, the reward is not what stands in the way. `--order sorted` has every level at its own letter. Prints accuracy on held-out rows every 50 steps and
 writes benchmarks/results/relation_TARGET_LOSS.json. No target of its own: it looks for a cause.
 """
 
@@ -86,8 +86,9 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--held-out", type=int, default=200)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--order", choices=("shuffled", "sorted"), default="shuffled")
     options = parser.parse_args()
-    config = load_run(Path("sanity"), (f"model.device='{options.device}'",))
+    config = load_run(Path("sanity"), (f"model.device='{options.device}'", f"questions.option_order='{options.order}'"))
     table, dictionary = sanity.make(ROWS, SEED)
     registry = to_registry("sanity", pa.Table.from_pandas(table, preserve_index=False), dictionary)
     schema = derive_schema(count(registry.values, dictionary), dictionary, config.questions)
@@ -137,11 +138,8 @@ def main() -> int:
             {"questions": n, "accuracy": right, "loss": None if np.isnan(loss) else loss} for n, right, loss in curve
         ],
     }
-    print(
-        record(
-            f"relation_{options.target}_{options.loss.replace('-', '_')}_{options.strategy}_{options.start}", payload
-        )
-    )
+    setting = [options.target, options.loss.replace("-", "_"), options.strategy, options.start]
+    print(record("_".join(["relation", *setting, *(["sorted"] if options.order == "sorted" else [])]), payload))
     return 0
 
 

@@ -84,6 +84,7 @@ class Exam:
             models=models,
             permuted={name: self._mapped_back(answers) for name, answers in permuted.items()},
             shown_at=np.column_stack([answer, asked_twice]),
+            ordered=self.builder.settings.option_order == "sorted",
         )
 
     def _mapped_back(self, answers: Answered) -> Answered:

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..common.config import OptionOrder
 from ..common.counts import Grid, grid
 from ..common.dictionary import Feature
 from ..common.schema import FeatureSchema
@@ -42,7 +43,7 @@ class Options:
 
     Attributes:
         values: int64 (m, n), in letter order: grid index (numbers, `counts.Grid`) or level index (categories).
-        answer: int64 (m,), the truth's position, uniform.
+        answer: int64 (m,), the truth's position; uniform where the order is shuffled.
         majority: int64 (m,), position of the option with the largest frequency or density under the schema.
     """
 
@@ -58,6 +59,8 @@ def draw_options(
     n_options: int,
     spacing_sigma: float,
     rng: np.random.Generator,
+    *,
+    order: OptionOrder = "shuffled",
 ) -> Options:
     """Options for the true values `truth` of one target.
 
@@ -67,6 +70,8 @@ def draw_options(
         n_options: how many, fewer where the feature has fewer values or levels (then the same number for all m).
         spacing_sigma: the widest ladder step in sds of the drawn component.
         rng: consumed the same way for the same arguments.
+        order: "shuffled": every order of letters equally likely; "sorted": levels as the dictionary has them, numbers
+            rising. The options themselves are the same.
 
     Formal Guarantees: the truth is among the options exactly once, all options differ, and those of numbers lie in the
     plausible range on the dictionary's decimals. No option of a number can be ruled out by the others: each, were it
@@ -79,7 +84,10 @@ def draw_options(
     else:
         ladder, rank = _levels(truth, schema, n_options, rng)
         weight = np.array(schema.frequencies)[ladder]
-    place = rng.permuted(np.tile(np.arange(ladder.shape[1]), (len(ladder), 1)), axis=1)
+    if order == "sorted":
+        place = np.argsort(ladder, axis=1)
+    else:
+        place = rng.permuted(np.tile(np.arange(ladder.shape[1]), (len(ladder), 1)), axis=1)
     return Options(
         values=np.take_along_axis(ladder, place, axis=1),
         answer=np.argmax(place == rank[:, None], axis=1),

@@ -204,6 +204,7 @@ class QuestionBuilder:
                 self.settings.n_options,
                 self.settings.option_spacing_sigma,
                 rng,
+                order=self.settings.option_order,
             )
             if feature.role == "outcome":
                 asked = template.outcome.format(label=feature.label, question=feature.question)

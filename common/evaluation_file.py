@@ -254,8 +254,8 @@ class Folds(_Part):
 
 class Choices(_Part):
     """Of questions with so many options, the share of choices at each letter, and of truths. p: of equal shares, by
-    chi-square; None where too few. fixed_order: the event always stands at one letter, so p says nothing of letters.
-    p_holm: over a model's tests of position."""
+    chi-square; None where too few. fixed_order: options are sorted, or the event always stands at one letter, so p says
+    nothing of letters. p_holm: over a model's tests of position."""
 
     n_options: int
     n: int

@@ -7,8 +7,8 @@ Two tests, for each number of options apart:
 
 - **Choices by letter** against an equal share each: Pearson's chi-square, divided by the design effect of patients with
   several questions (Rao and Scott 1981, first order). It needs orders drawn at random, so that no letter is true more
-  often than another. Where every question is of an outcome whose event always stands at one letter, liking a letter and
-  liking an answer are one thing, and the test raises no flag.
+  often than another. Where options are sorted, or every question is of an outcome whose event always stands at one
+  letter, liking a letter and liking an answer are one thing, and the test raises no flag.
 - **Right answers by the letter of the truth**, over the same questions in two orders: how much likelier an answer is
   right when its truth stands at a letter. Within a question, so that neither its difficulty nor a liking for what
   options say plays a part. Least squares on the change between both orders, with variances by patient.
@@ -104,7 +104,7 @@ def _choices(scored: Scored, chosen: Ints, options: int, patients: int) -> dict[
         "truth": (np.bincount(truth, minlength=options) / len(rows)).tolist(),
         "p": uniform_p(picked, options, scored.patients[rows]),
         "p_holm": None,
-        "fixed_order": bool(event[0] >= 0 and np.all(event == event[0])),
+        "fixed_order": scored.ordered or bool(event[0] >= 0 and np.all(event == event[0])),
     }
 
 

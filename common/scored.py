@@ -79,6 +79,7 @@ class Scored:
             option's index. Of some of the models, or empty.
         shown_at: int64 (Q, 2), at which letter the truth stood in the original and in the permuted order; -1 where the
             question was not asked in that order.
+        ordered: whether options stand in an order that their values decide (`questions.option_order = "sorted"`).
 
     Raises:
         ValueError: shapes, types or values that contradict the above; the message names the field.
@@ -95,6 +96,7 @@ class Scored:
     models: Mapping[str, Answered]
     permuted: Mapping[str, Answered]
     shown_at: Ints
+    ordered: bool = False
 
     def __post_init__(self) -> None:
         q = len(self.patients)
@@ -164,6 +166,7 @@ class Scored:
             {name: answers.take(indices) for name, answers in self.models.items()},
             {name: answers.take(indices) for name, answers in self.permuted.items()},
             self.shown_at[indices],
+            self.ordered,
         )
 
 
@@ -199,6 +202,7 @@ def concat(parts: Sequence[Scored]) -> Scored:
         {name: _joined([part.models[name] for part in parts]) for name in parts[0].models},
         {name: _joined([part.permuted[name] for part in parts]) for name in parts[0].permuted},
         np.concatenate([part.shown_at for part in parts]),
+        any(part.ordered for part in parts),
     )
 
 

@@ -120,7 +120,7 @@ def prepare(request: Request, out: Path) -> Suite:
 
     Raises:
         ConfigError: no task, a task that its registry cannot serve, a name used twice, a registry that is not open, or
-            samples without reasoning, or calibration with it.
+            samples without reasoning, or calibration with it or of sorted options.
     """
     taken = [name for name in request.beside if name in RESERVED]
     if taken:
@@ -131,6 +131,11 @@ def prepare(request: Request, out: Path) -> Suite:
         raise ConfigError("--samples: expected questions.reasoning_tokens above 0: letters alone are not sampled")
     if request.calibrate and request.config.questions.reasoning_tokens:
         raise ConfigError("--calibrate: expected questions.reasoning_tokens = 0: texts have no probability of a letter")
+    if request.calibrate and request.config.questions.option_order == "sorted":
+        raise ConfigError(
+            "--calibrate: expected questions.option_order = 'shuffled': where a letter stands for the same level every "
+            "time, it would take away what is usual"
+        )
     for task in request.tasks:  # before anything is built
         task.check(load_dictionary(registries.dictionary_path(task.registry)))
         if task.registry in registries.FILED and task.registry not in request.tables:

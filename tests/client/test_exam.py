@@ -15,8 +15,9 @@ from wardround.simulations import registries
 N = 120
 
 
-def exam_of(name: str, prompt: str = "en_usual") -> Exam:
-    config = RunConfig.model_validate({"name": "t", "privacy": {"enabled": False}})
+def exam_of(name: str, prompt: str = "en_usual", order: str = "shuffled") -> Exam:
+    entries = {"name": "t", "privacy": {"enabled": False}, "questions": {"option_order": order}}
+    config = RunConfig.model_validate(entries)
     task = load_task(name)
     registry = registries.load(task.registry)
     splits = split_rows(registry, b"k" * 32)
@@ -66,6 +67,15 @@ def test_the_other_order_moves_every_letter_and_changes_nothing_else(mortality: 
                 assert line in other.text
             back = [order.index(place) for place in range(len(order))]
             assert reorder(other, back, template, dictionary) == question
+
+
+def test_statistics_are_told_that_options_are_sorted(kidney: Exam) -> None:
+    for exam, ordered in ((kidney, False), (exam_of("support-kidney", order="sorted"), True)):
+        most = max(len(question.options) for question in exam.questions)
+        guesses = np.full((len(exam.questions), most), 0.0)
+        for row, question in enumerate(exam.questions):
+            guesses[row, : len(question.options)] = 1 / len(question.options)
+        assert exam.scored({"m": answered_by_probabilities(guesses)}, {}).ordered is ordered
 
 
 def _unit(exam: Exam, name: str) -> str:

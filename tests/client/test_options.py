@@ -66,6 +66,27 @@ def test_levels_are_drawn_by_frequency_and_never_twice():
     assert np.all(best == np.array(schema.frequencies)[drawn.values].max(1))
 
 
+@pytest.mark.parametrize("kind", ["number", "category"])
+def test_sorted_options_are_the_shuffled_ones_in_order_and_the_answer_is_the_truth(kind: str):
+    truth: np.ndarray
+    if kind == "number":
+        feature = number(0, 200, 1)
+        schema = mixture(feature)
+        truth = from_mixture(feature, schema, 2000, np.random.default_rng(1))
+        index = grid(feature).index(truth)
+    else:
+        feature = Feature(name="x", label="x", section="S", levels={str(i): str(i) for i in range(6)})
+        schema = FeatureSchema(name="x", frequencies=(0.4, 0.3, 0.2, 0.08, 0.02, 0.0))
+        truth = index = np.random.default_rng(1).choice(6, 2000, p=schema.frequencies)
+    shuffled = draw_options(truth, feature, schema, 4, 2.0, np.random.default_rng(2))
+    ordered = draw_options(truth, feature, schema, 4, 2.0, np.random.default_rng(2), order="sorted")
+    np.testing.assert_array_equal(ordered.values, np.sort(shuffled.values, axis=1))
+    for drawn in (shuffled, ordered):
+        np.testing.assert_array_equal(np.take_along_axis(drawn.values, drawn.answer[:, None], 1)[:, 0], index)
+    best = [np.take_along_axis(drawn.values, drawn.majority[:, None], 1) for drawn in (shuffled, ordered)]
+    np.testing.assert_array_equal(*best)
+
+
 def test_ladder_steps_are_at_most_two_sds_of_a_component_drawn_by_its_density():
     feature = number(-1000, 1000, 1)
     schema = FeatureSchema(name="x", weights=(0.5, 0.5), means=(0.0, 0.0), sds=(1.0, 6.5))

@@ -76,6 +76,19 @@ def test_the_position_of_the_truth_is_uniform(asked, registry: Registry):
             assert chisquare(np.bincount(mine, minlength=2)).pvalue > 1e-4
 
 
+def test_sorted_options_have_levels_in_the_dictionarys_order_and_numbers_rising(registry: Registry, schema: Schema):
+    settings = SETTINGS.model_copy(update={"option_order": "sorted"})
+    builder = QuestionBuilder(registry, schema, MARKED, settings)
+    ordered, rows = builder.build_with_rows(np.tile(np.arange(ROWS), 2), np.random.default_rng(0))
+    for question, row in zip(ordered, rows, strict=True):
+        feature = registry.dictionary.feature(question.target)
+        place = list(feature.levels.values()).index if feature.kind == "category" else float
+        assert sorted(question.options, key=place) == list(question.options)
+        assert question.options[question.answer] == value_of(registry, question.target, row)
+    yes = {question.options.index("Yes") for question in ordered if "Yes" in question.options}
+    assert len(yes) == 1  # a letter stands for the same level every time
+
+
 def test_guessing_the_middle_lowest_or_highest_number_hardly_beats_chance(asked, registry: Registry):
     """The GCS is left out: most patients have its highest value, which is the highest option of any honest question."""
     ranks: dict[str, list[int]] = {}

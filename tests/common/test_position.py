@@ -66,6 +66,15 @@ def test_fair_models_are_hardly_ever_flagged() -> None:
     assert sum(flags) <= 3
 
 
+def test_choices_of_one_letter_raise_no_flag_where_options_are_sorted_but_two_orders_do() -> None:
+    scored = simulated(1500, {"m": 0.5}, 3, letters={"m": 0.2})
+    assert bias_of(scored)["flagged"]
+    row = bias_of(replace(scored, ordered=True))
+    assert row["by_options"][0]["fixed_order"] and not row["flagged"]
+    both = simulated(1500, {"m": 0.5}, 3, letters={"m": 0.2}, permute=True)
+    assert bias_of(replace(both, ordered=True).take(np.arange(len(both))))["flagged"]
+
+
 def test_a_liking_is_told_by_its_letter() -> None:
     row = bias_of(simulated(1500, {"m": 0.5}, 3, letters={"m": 0.2}, permute=True))
     (choices,) = row["by_options"]

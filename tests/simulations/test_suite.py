@@ -156,6 +156,10 @@ def test_calibrated_rows_have_no_liking_for_a_letter_left(
             ],
             "reasoning_tokens = 0",
         ),
+        (
+            ["m", "--out", "o", "--calibrate", "--set", "questions.option_order='sorted'"],
+            "questions.option_order = 'shuffled'",
+        ),
         (["m", "--out", "o", "--site", "s.toml"], "belongs to a TABLE"),
         (["m", "t.csv", "d.toml", "--out", "o", "--tasks", "smart-mace"], "belongs to the suite"),
         (["m", "t.csv", "d.toml", "--out", "o", "--samples", "3"], "--samples belongs to the suite"),
