@@ -2,11 +2,12 @@
 
     python benchmarks/relation.py --target signal_c [--order sorted] [--loss reward] [--start fresh] [--device cuda]
 
-`wardround simulate experiment sanity` finds that relations between different words are not learnt (docs/results.md).
-Here nothing is in the way of one: a single process, no federation, no privacy, no validation gate, every question about
-one feature, every line of the record shown, Adam on the trained tensors. If cross-entropy, which knows the answer, does
-not learn it either, the reward is not what stands in the way. `--order sorted` has every level at its own letter. Prints accuracy on held-out rows every 50 steps and
-writes benchmarks/results/relation_TARGET_LOSS.json. No target of its own: it looks for a cause.
+With shuffled options `wardround simulate experiment sanity` does not learn relations between different words
+(docs/results.md). Here nothing is in the way of one: a single process, no federation, no privacy, no validation gate,
+every question about one feature, every line of the record shown, Adam on the trained tensors. If cross-entropy, which
+knows the answer, does not learn it either, the reward is not what stands in the way. With `--order sorted` a letter is
+the same level every time. Prints accuracy on held-out rows every 50 steps and writes
+benchmarks/results/relation_TARGET_LOSS_STRATEGY_START.json. No target of its own: it looks for a cause.
 """
 
 from __future__ import annotations
