@@ -342,7 +342,7 @@ def _message(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if not found:
         return None
     times = {key: _time(found[key]) for key in ("since", "until") if key in found}
-    return {key: found[key] for key in ("phase", "round", "steps") if found.get(key) is not None} | times
+    return {key: found[key] for key in ("phase", "round", "work") if found.get(key) is not None} | times
 
 
 def _spent(node: Node) -> dict[str, Any]:
@@ -376,9 +376,9 @@ def _sentences(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append((f"  {name}", f"{state}, {one['restarts']} restarts"))
     for name, key in (("now", "now"), ("last message", "last_message")):
         if (one := found[key]) is not None:
-            steps = f", step {one['steps'][0]} of {one['steps'][1]}" if "steps" in one else ""
+            work = ", {} {} of {}".format(*one["work"]) if "work" in one else ""
             lines.append(
-                (name, f"{one['phase']}, round {one.get('round', '–')}{steps}, {one.get('until', one['since'])}")
+                (name, f"{one['phase']}, round {one.get('round', '–')}{work}, {one.get('until', one['since'])}")
             )
     lines.append(("rounds", f"{found['rounds_trained']} trained, in {found['runs']} runs"))
     budget = f" of {privacy['budget']:g}" if privacy["budget"] is not None else ""

@@ -68,8 +68,9 @@ if TYPE_CHECKING:
 
 EVALUATED = ("base", "warmup", "final")
 CHECKPOINT = "training.record"  # of a round under way (client/checkpoint.py)
-# Called with (site, steps done, steps) in local training; set by a process that runs sites and shows their progress.
-on_step: Callable[[str, int, int], None] | None = None
+# Called with (site, "step" or "question", how many are done, of how many) in local training and scoring; set by a
+# process that runs sites and shows their progress on the same machine. How many questions a site asks goes no further.
+on_work: Callable[[str, str, int, int], None] | None = None
 
 
 def warm_up(site: Site, instruction: WarmupInstruction) -> WarmupReply:
@@ -177,8 +178,8 @@ def _train(run: SiteRun, instruction: TrainInstruction, input_digest: str) -> up
     from .grpo import train_local_round  # trl takes seconds: not before everything was checked
 
     def tell(done: int, steps: int, _reward: float) -> None:
-        if on_step is not None:
-            on_step(name, done, steps)
+        if on_work is not None:
+            on_work(name, "step", done, steps)
 
     index = instruction.round_index
     # In a private run questions and completions are the site's secret as well: in a stream that somebody knows, one
@@ -285,7 +286,8 @@ def validate(site: Site, instruction: ValidateInstruction) -> KeysReply:
         if questions:
             from .evaluation import evaluate_questions
 
-            outcomes = evaluate_questions(run.language_model(model), questions, run.template, run.config)
+            lm, tell = run.language_model(model), _telling(run, len(questions))
+            outcomes = evaluate_questions(lm, questions, run.template, run.config, on_done=tell)
             right = int(np.sum(outcomes.correct))
         tail = np.array([len(questions), right], np.int64)
         return payload.Payload(instruction.model_digest, inputs, np.zeros(0, np.uint32), tail)
@@ -314,6 +316,19 @@ def evaluate(site: Site, instruction: EvaluateInstruction) -> EvaluateReply:
     given = payload.require(run.folder, instruction.round_index, TEST)
     advert = sharing.offer(run, TEST, instruction.attempt, given)
     return EvaluateReply(**run.head, samples=samples, advert=advert)
+
+
+def _telling(run: SiteRun, total: int) -> Callable[[int], None]:
+    """Called with the number of questions just answered, tells this machine how many of `total` are."""
+    done = 0
+
+    def tell(n: int) -> None:
+        nonlocal done
+        done += n
+        if on_work is not None:
+            on_work(run.site.config.name, "question", done, total)
+
+    return tell
 
 
 def _offered(run: SiteRun, purpose: int, attempt: int, inputs: bytes, work: Callable[[], payload.Payload]) -> KeysReply:
@@ -367,17 +382,19 @@ def _scored(
     lm = run.language_model(warmup)
     able = [exam for exam in exams if exam is not None]
     asked = [questions, *(exam.questions for exam in able)]
+    # Where no round was better than the warm-up, they are one model.
+    same = final.digest == warmup.digest
+    tell = _telling(run, (2 if same else 3) * sum(map(len, asked)))
 
     def answers() -> list[Outcomes]:
-        return [evaluate_questions(lm, some, run.template, run.config) for some in asked]
+        return [evaluate_questions(lm, some, run.template, run.config, on_done=tell) for some in asked]
 
     every: dict[str, list[Outcomes]] = {}
     with lm.base_only():
         every["base"] = answers()
     every["warmup"] = answers()
     lm.set_vector(final.full, trainable_only=False)
-    # Where no round was better than the warm-up, they are one model.
-    every["final"] = every["warmup"] if final.digest == warmup.digest else answers()
+    every["final"] = every["warmup"] if same else answers()
     if tasks:
         from .task_exams import task_vector
 

@@ -192,7 +192,7 @@ class Worker:
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
-        site.on_step = self._progress
+        site.on_work = self._progress
         self._note()
         auth = SuperExecAuthHttpInterceptor(master_secret=self.settings.secret, protected_methods=[_ACQUIRE])
         client = self._client(auth)
@@ -379,7 +379,7 @@ class Worker:
         self.path.unlink(missing_ok=True)
         if self.now:
             self.last = {**self.now, "until": time.time()}
-            self.last.pop("steps", None)
+            self.last.pop("work", None)
             self.settled.setdefault(self.now["phase"], memory_bytes())
         self.now = {}
         self._note()
@@ -405,8 +405,8 @@ class Worker:
     def _what(self) -> str:
         return f"{self.now['phase']}, round {'–' if self.now['round'] is None else self.now['round']}"
 
-    def _progress(self, _name: str, done: int, steps: int) -> None:
-        self.now["steps"] = [done, steps]
+    def _progress(self, _name: str, what: str, done: int, total: int) -> None:
+        self.now["work"] = [what, done, total]
         if time.monotonic() - self._noted > _PROGRESS_S:
             self._note()
 

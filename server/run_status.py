@@ -86,6 +86,9 @@ class RunStatus:
             one |= {"phase": phase, "code": code} | ({} if code else {"answered": time.time()})
         self._write()
 
+    def at_site(self, site: str, what: str, done: int, total: int) -> None:
+        """As `Progress`."""
+
     def round_done(self, record: Mapping[str, Any], rounds: int) -> None:
         """As `Progress`."""
         self._said["rounds_done"] = record["round"]

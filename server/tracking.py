@@ -39,6 +39,12 @@ class Progress(Protocol):
     def answered(self, phase: str, site: str, code: str) -> None:
         """A site finished a phase; `code` is "" or the word its failure came with."""
 
+    def at_site(self, site: str, what: str, done: int, total: int) -> None:
+        """`done` of `total` steps or questions (`what`: "step", "question") at a site of this very process.
+
+        Never of one elsewhere: hospitals do not send it.
+        """
+
     def round_done(self, record: Mapping[str, Any], rounds: int) -> None:
         """A round is complete: its line of rounds.jsonl. Called for earlier rounds too when a run is resumed."""
 
@@ -52,6 +58,7 @@ class SilentProgress:
     def warming_up(self, done: int, total: int, loss: float) -> None: ...
     def begin(self, phase: str, round_index: int, sites: Sequence[str]) -> None: ...
     def answered(self, phase: str, site: str, code: str) -> None: ...
+    def at_site(self, site: str, what: str, done: int, total: int) -> None: ...
     def round_done(self, record: Mapping[str, Any], rounds: int) -> None: ...
     def note(self, text: str) -> None: ...
 

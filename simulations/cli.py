@@ -68,7 +68,7 @@ def run(
             click.echo(json.dumps(evaluation, sort_keys=True))
             return
         with TerminalProgress(settings.federation.rounds) as progress:
-            evaluation = simulate(settings, out, resume=resume, progress=progress, on_step=progress.stepped)
+            evaluation = simulate(settings, out, resume=resume, progress=progress)
     except KeyboardInterrupt:
         raise click.exceptions.Abort("The same command with --resume continues the run.") from None
     if reference is not None:

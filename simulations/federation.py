@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,6 @@ def simulate(
     *,
     resume: bool,
     progress: Progress | None = None,
-    on_step: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """A whole run on this machine: registry → sites' folders → rounds → final model → report.
 
@@ -120,8 +119,7 @@ def simulate(
         config: the run.
         out: its folder; new or empty, or a run of this very config with `resume`.
         resume: continue the run in `out`.
-        progress: who is told what happens.
-        on_step: called with (site, steps done, steps) during local training.
+        progress: who is told what happens, at the sites as well.
 
     Returns:
         The content of evaluation.json.
@@ -147,7 +145,7 @@ def simulate(
             del made
             paths = _site_files(out, config)
             dictionary = load_dictionary(paths[0].parent / "dictionary.toml")
-            site.on_step = on_step
+            site.on_work = None if progress is None else progress.at_site
             grid = InProcessGrid(client, paths)
 
             def make_sums(consortium: Consortium) -> Sums:
@@ -172,7 +170,7 @@ def simulate(
                 _take_back(out, was_there)
             raise
         finally:
-            site.on_step = None
+            site.on_work = None
 
 
 def _coordinator(folder: Path) -> Identity:

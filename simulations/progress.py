@@ -62,9 +62,8 @@ class TerminalProgress(AbstractContextManager["TerminalProgress"]):
         if self._bars.disable and not exchange:  # of a secure sum: over in a moment
             self._line(f"{self._what}: {len(sites)} {'site' if len(sites) == 1 else 'sites'}")
 
-    def stepped(self, site: str, done: int, steps: int) -> None:
-        """Local training at a site; beside the protocol, for sites of this process."""
-        where = f"{self._what} · {site} step {done} of {steps}"
+    def at_site(self, site: str, what: str, done: int, total: int) -> None:
+        where = f"{self._what} · {site} {what} {done} of {total}"
         self._bars.update(self._task, description=" · ".join([where, *self._so_far()]))
         self._step(where, False)
 

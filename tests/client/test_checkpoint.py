@@ -175,12 +175,12 @@ def test_a_private_round_that_was_killed_ends_where_one_that_was_not_does(tiny_m
 def killed_at(hospital: Hospital, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first round's instruction, to a site that is killed in the middle of a step."""
 
-    def tell(_name: str, done: int, _steps: int) -> None:
+    def tell(_name: str, _what: str, done: int, _steps: int) -> None:
         if done == step:
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(site_module, "on_step", tell)
+        patch.setattr(site_module, "on_work", tell)
         with pytest.raises(Killed):
             hospital.ask(hospital.train(1))
 
@@ -219,7 +219,7 @@ from wardround.client import checkpoint, gate, site
 from wardround.common import identity, messages
 identity._SCRYPT["n"] = 2**4  # as this site was made
 checkpoint.EVERY_S, checkpoint.SHARE = 0.0, 0
-site.on_step = lambda _name, done, _steps: done == int(sys.argv[3]) and os.kill(os.getpid(), signal.SIGKILL)
+site.on_work = lambda _name, _what, done, _steps: done == int(sys.argv[3]) and os.kill(os.getpid(), signal.SIGKILL)
 head, vectors = json.loads(Path(sys.argv[2]).read_text())
 vectors = {name: bytes.fromhex(vector) for name, vector in vectors.items()}
 answer = gate.respond(Path(sys.argv[1]), messages.TrainInstruction, bytes.fromhex(head), vectors)
@@ -259,7 +259,7 @@ def test_a_killed_private_site_pays_once_and_goes_on(
     killed_at(hospital, 2, monkeypatch)
     assert kept_of(hospital).exists()
     seen: list[int] = []
-    monkeypatch.setattr(site_module, "on_step", lambda _name, done, _steps: seen.append(done))
+    monkeypatch.setattr(site_module, "on_work", lambda _name, _what, done, _steps: seen.append(done))
     assert isinstance(hospital.ask(hospital.train(1)), KeysReply), hospital.log()
     assert seen == [2] and hospital.kinds() == ["schema", "rounds"]  # the first step is not drawn again
     assert stored(hospital).tail.any() and not kept_of(hospital).exists()
@@ -275,6 +275,6 @@ def test_what_was_trained_before_a_patient_opted_out_is_not_gone_on_from(
     (hospital.site_toml.parent / "opt-out.txt").write_text(str(REGISTRY.patients[0]) + "\n")
     hospital.limit(opt_out="opt-out.txt")
     seen: list[int] = []
-    monkeypatch.setattr(site_module, "on_step", lambda _name, done, _steps: seen.append(done))
+    monkeypatch.setattr(site_module, "on_work", lambda _name, _what, done, _steps: seen.append(done))
     assert isinstance(hospital.ask(hospital.train(1)), KeysReply), hospital.log()
     assert seen == [1, 2]

@@ -108,7 +108,7 @@ def test_progress_says_which_round_of_how_many_and_how_long_it_will_be(capsys: p
     with TerminalProgress(4) as progress:
         progress.begin("validate", 0, ["a"])
         progress.begin("train", 1, ["a", "b"])
-        progress.stepped("a", 1, 4)
+        progress.at_site("a", "step", 1, 4)
         progress.begin("train: shares", 1, ["a", "b"])  # the exchanges of a sum take moments, and have no line
         progress.round_done(Record(1, 30.0), 4)
         progress.begin("train", 2, ["a", "b"])

@@ -97,6 +97,10 @@ class Recorder(SilentProgress):
     def __init__(self) -> None:
         self.phases: list[tuple[str, int]] = []
         self.rounds: list[int] = []
+        self.at_sites: dict[tuple[str, str], list[tuple[str, int, int]]] = {}  # (phase, site) → what, done, total
+
+    def at_site(self, site: str, what: str, done: int, total: int) -> None:
+        self.at_sites.setdefault((self.phases[-1][0], site), []).append((what, done, total))
 
     def begin(self, phase: str, round_index: int, sites: object) -> None:
         self.phases.append((phase, round_index))
@@ -113,6 +117,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> Wh
     """One run, uninterrupted."""
     out, seen = tmp_path_factory.mktemp("federation") / "run", Recorder()
     return out, simulate(settings(tiny_model_path), out, resume=False, progress=seen), seen
+
+
+def test_progress_tells_the_steps_and_questions_of_every_site(whole: Whole):
+    told, evaluation = whole[2].at_sites, whole[1]
+    assert {phase for phase, _ in told} == {"train", "validate", "evaluate"}
+    for (phase, _), calls in told.items():
+        done = [done for _, done, _ in calls]
+        assert {what for what, _, _ in calls} == {"step" if phase == "train" else "question"}
+        assert len({total for _, _, total in calls}) == 1
+        if phase == "train":
+            assert done == [1, 2] * 2  # of two rounds
+        else:
+            assert done[-1] == calls[0][2]
+    asked = sum(calls[0][2] for (phase, _), calls in told.items() if phase == "evaluate")
+    assert asked in (2 * evaluation["final"]["n"], 3 * evaluation["final"]["n"])  # base, warmed up, final if another
 
 
 def final_digest(out: Path) -> str:
