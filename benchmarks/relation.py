@@ -59,7 +59,9 @@ def model(settings: ModelConfig, strategy: str, start: str) -> LanguageModel:
         return load(merged, LoraConfig(strategy="full"), seed=0)
 
 
-def loss_of(lm: LanguageModel, asked: list[Question], template: PromptTemplate, kind: str) -> torch.Tensor:
+def loss_of(
+    lm: LanguageModel, asked: list[Question], template: PromptTemplate, kind: str, bonus: float
+) -> torch.Tensor:
     """Mean loss of one question each: cross-entropy over its options, or GRPO's with the exact expectation."""
     texts = [render(lm, template, question, reasoning=False) for question in asked]
     prompts, widest = encode_texts(lm, texts), max(len(question.options) for question in asked)
@@ -72,7 +74,7 @@ def loss_of(lm: LanguageModel, asked: list[Question], template: PromptTemplate, 
     truth = torch.tensor([question.answer for question in asked], device=lm.device)
     if kind == "cross-entropy":
         return torch.nn.functional.cross_entropy(logits, truth)
-    return exact_loss(logits.log_softmax(-1), truth, "none").mean()
+    return exact_loss(logits.log_softmax(-1), truth, "group", bonus).mean()
 
 
 def main() -> int:
@@ -88,6 +90,7 @@ def main() -> int:
     parser.add_argument("--held-out", type=int, default=200)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--order", choices=("shuffled", "sorted"), default="shuffled")
+    parser.add_argument("--entropy-bonus", type=float, default=0.0)
     options = parser.parse_args()
     config = load_run(Path("sanity"), (f"model.device='{options.device}'", f"questions.option_order='{options.order}'"))
     table, dictionary = sanity.make(ROWS, SEED)
@@ -121,7 +124,7 @@ def main() -> int:
             group["lr"] = options.rate * min(1.0, (step + 1) / 5) * (1 - 0.9 * step / options.steps)
         drawn = rows[np.arange(seen, seen + options.batch) % len(rows)]
         seen += options.batch
-        loss = loss_of(lm, builder.build(drawn, rng, targets=targets), template, options.loss)
+        loss = loss_of(lm, builder.build(drawn, rng, targets=targets), template, options.loss, options.entropy_bonus)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -140,7 +143,9 @@ def main() -> int:
         ],
     }
     setting = [options.target, options.loss.replace("-", "_"), options.strategy, options.start]
-    print(record("_".join(["relation", *setting, *(["sorted"] if options.order == "sorted" else [])]), payload))
+    setting += ["sorted"] if options.order == "sorted" else []
+    setting += [f"entropy_{options.entropy_bonus:g}"] if options.entropy_bonus else []
+    print(record("_".join(["relation", *setting]), payload))
     return 0
 
 

@@ -484,7 +484,7 @@ class Engine(GRPOTrainer):
         log_probs = self._option_log_probs(asked)
         right = log_probs.detach().gather(1, truth[:, None])[:, 0].exp().double().cpu().numpy()
         self.counts.add_probabilities(right)
-        loss = exact_loss(log_probs, truth, self.grpo.scale_rewards).mean()
+        loss = exact_loss(log_probs, truth, self.grpo.scale_rewards, self.grpo.entropy_bonus).mean()
         self.phase_seconds["loss"] += time.perf_counter() - began
         return loss
 

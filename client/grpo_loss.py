@@ -59,27 +59,36 @@ class StepScale:
         return whole * tokens / self.drawn_tokens
 
 
-def exact_loss(log_probs: Tensor, truth: Tensor, scale_rewards: str) -> Tensor:
+def exact_loss(log_probs: Tensor, truth: Tensor, scale_rewards: str, entropy_bonus: float = 0.0) -> Tensor:
     """Loss of answer-only questions in the limit of infinitely many completions, one value a patient.
 
     With p the policy's probabilities over the options and the truth t, a completion that answers o has the advantage
     A_o = r_o − p_t, divided by √(p_t(1 − p_t)) under group scaling. GRPO's expected gradient is Σ_o p_o A_o ∇log p_o:
     the gradient of −Σ_o p_o A_o with A held constant. No sampling, so no sampling noise.
 
+    Expected reward alone is highest for a policy that is sure of its answer, whatever it knows, and one that is sure
+    has no gradient left to learn from (∇p_t vanishes as p_t goes to 0 or 1). `entropy_bonus` · H(p) added to the reward
+    (Williams and Peng 1991) keeps it unsure: without scaling the best policy is p_o ∝ exp(P(o) / bonus), P(o) how
+    probable option o is given what the record shows, so the likeliest option stays the likeliest.
+
     Args:
         log_probs: (n, most options), with gradient; -inf past a row's own options.
         truth: int64 (n,).
         scale_rewards: `group` or `none`.
+        entropy_bonus: reward for a nat of entropy over the options, 0 or more.
 
     Returns:
-        float32 (n,), to be minimised; its value is 0, its gradient is what counts.
+        float32 (n,), to be minimised; without a bonus its value is 0, its gradient is what counts.
     """
     p = log_probs.exp()
     right = p.detach().gather(1, truth[:, None])
     advantages = torch.zeros_like(p).scatter_(1, truth[:, None], 1.0) - right
     if scale_rewards == "group":
         advantages = advantages / ((right * (1 - right)).clamp(min=0).sqrt() + ADVANTAGE_EPSILON)
-    return -(p * advantages.detach()).sum(1)
+    loss = -(p * advantages.detach()).sum(1)
+    if entropy_bonus > 0:
+        loss = loss + entropy_bonus * (p * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(1)
+    return loss
 
 
 def parts_by_tokens(costs: Sequence[int], budget: int, one_by_one: bool = False) -> Iterator[list[int]]:

@@ -125,11 +125,22 @@ class GrpoConfig(Frozen):
     beta: Annotated[float, Field(ge=0)] = 0.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
     expectation: Literal["sampled", "exact"] = "sampled"  # exact: answer-only, the G → ∞ limit
+    # Reward for a nat of entropy over the options, with the exact expectation only: a policy that is sure of its answers
+    # has no gradient left to learn from (client/grpo_loss.py).
+    entropy_bonus: Annotated[float, Field(ge=0)] = 0.0
 
     @model_validator(mode="after")
     def exact_has_no_reference_model(self) -> Self:
         if self.expectation == "exact" and self.beta > 0:
             raise ValueError("expectation = 'exact' has no KL term: set beta = 0")
+        return self
+
+    @model_validator(mode="after")
+    def only_exact_has_an_entropy_bonus(self) -> Self:
+        if self.expectation == "sampled" and self.entropy_bonus > 0:
+            raise ValueError(
+                "entropy_bonus is of expectation = 'exact' only: trl's loss of sampled completions has none"
+            )
         return self
 
 

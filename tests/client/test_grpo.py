@@ -257,6 +257,39 @@ def test_exact_loss_is_zero_with_the_gradient_of_the_truths_probability():
     torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("scale_rewards", ["none", "group"])
+def test_the_entropy_bonus_adds_torchs_entropy_of_the_own_options(scale_rewards: str):
+    logits = torch.tensor([[0.3, -0.2, 0.9, 4.0], [1.0, 2.0, -1.0, 0.5]], requires_grad=True)
+    own = torch.tensor([3, 4])
+    truth = torch.tensor([2, 1])
+
+    def loss(bonus: float) -> torch.Tensor:
+        masked = logits.masked_fill(torch.arange(4) >= own[:, None], -torch.inf)
+        return exact_loss(torch.log_softmax(masked, 1), truth, scale_rewards, bonus)
+
+    entropy = torch.stack(
+        [torch.distributions.Categorical(logits=row[:n]).entropy() for row, n in zip(logits, own, strict=True)]
+    )
+    torch.testing.assert_close(loss(0.7), loss(0.0) - 0.7 * entropy)
+    (with_bonus,) = torch.autograd.grad(loss(0.7).sum(), logits)
+    (expected,) = torch.autograd.grad((loss(0.0) - 0.7 * entropy).sum(), logits)
+    torch.testing.assert_close(with_bonus, expected)
+    assert with_bonus.isfinite().all() and with_bonus[0, 3] == 0
+
+
+def test_the_best_policy_under_the_entropy_bonus_is_the_softmax_of_what_is_probable():
+    probable, bonus = torch.tensor([0.55, 0.3, 0.15], dtype=torch.float64), 0.4
+    logits = torch.tensor([2.0, -3.0, 0.0], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([logits], lr=1.0)
+    for _ in range(3000):
+        log_probs = torch.log_softmax(logits, 0).expand(3, 3)
+        loss = (probable * exact_loss(log_probs, torch.arange(3), "none", bonus)).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(torch.softmax(logits, 0).detach(), torch.softmax(probable / bonus, 0))
+
+
 def test_poisson_draws_have_binomial_counts_and_every_patient_the_same_rate():
     draws = Draws(Source(50), 5.0, 4000, np.random.default_rng(0))
     drawn = np.zeros((4000, 50))

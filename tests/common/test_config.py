@@ -72,6 +72,8 @@ def test_every_shipped_config_loads(path: Path) -> None:
             OFF + "[grpo]\nexpectation = 'exact'\n[questions]\nreasoning_tokens = 9\n",
             "answer-only",
         ),
+        (OFF + "[grpo]\nentropy_bonus = 0.5\n", "entropy_bonus is of expectation = 'exact' only"),
+        (OFF + "[questions]\noption_order = 'random'\n", "'questions.option_order': .*'shuffled' or 'sorted'"),
         (OFF + "[simulation]\npartition = 'dirichlet'\n", "needs partition_feature"),
         ("name = \n", r"not valid TOML: .*line 1"),
         ("name = 2024-05-01\n", r"'name': .*string, got datetime\.date"),
