@@ -125,8 +125,8 @@ class GrpoConfig(Frozen):
     beta: Annotated[float, Field(ge=0)] = 0.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
     expectation: Literal["sampled", "exact"] = "sampled"  # exact: answer-only, the G → ∞ limit
-    # Reward for a nat of entropy over the options, with the exact expectation only: a policy that is sure of its answers
-    # has no gradient left to learn from (client/grpo_loss.py).
+    # Reward for a nat of entropy over the options, with the exact expectation only: a policy that is sure of its
+    # answers has no gradient left to learn from (client/grpo_loss.py).
     entropy_bonus: Annotated[float, Field(ge=0)] = 0.0
 
     @model_validator(mode="after")
