@@ -80,7 +80,7 @@ def loss_of(
 def main() -> int:
     """Trains, and tells accuracy as it goes."""
     parser = argparse.ArgumentParser(description="One relation of the sanity registry, by cross-entropy or by reward.")
-    parser.add_argument("--target", choices=sanity.DEPENDENT, default="signal_c")
+    parser.add_argument("--target", default="signal_c", help="features with commas between them, or all")
     parser.add_argument("--loss", choices=("cross-entropy", "reward"), default="cross-entropy")
     parser.add_argument("--start", choices=("released", "fresh"), default="released")
     parser.add_argument("--strategy", choices=("ffa", "fedit", "full"), default="ffa")
@@ -92,6 +92,9 @@ def main() -> int:
     parser.add_argument("--order", choices=("shuffled", "sorted"), default="shuffled")
     parser.add_argument("--entropy-bonus", type=float, default=0.0)
     options = parser.parse_args()
+    targets = list(sanity.LEVELS) if options.target == "all" else options.target.split(",")
+    if not set(targets) <= set(sanity.LEVELS):
+        parser.error(f"--target: expected some of {', '.join(sanity.LEVELS)}")
     config = load_run(Path("sanity"), (f"model.device='{options.device}'", f"questions.option_order='{options.order}'"))
     table, dictionary = sanity.make(ROWS, SEED)
     registry = to_registry("sanity", pa.Table.from_pandas(table, preserve_index=False), dictionary)
@@ -99,7 +102,7 @@ def main() -> int:
     template = load_prompt(config.model.prompt)
     builder = QuestionBuilder(registry, schema, template, config.questions)
     rng = np.random.default_rng(SEED)
-    rows, targets = rng.permutation(len(registry)), [options.target]
+    rows = rng.permutation(len(registry))
     held_out = builder.build(rows[: options.held_out], np.random.default_rng(0), targets=targets)
     lm = model(config.model, options.strategy, options.start)
     parameters = [parameter for parameter in lm.model.parameters() if parameter.requires_grad]
@@ -107,15 +110,19 @@ def main() -> int:
     curve: list[tuple[int, float, float]] = []
     seen, started = options.held_out, time.perf_counter()
     losses: list[float] = []
+    by_target: dict[str, float] = {}
     for step in range(options.steps + 1):
         if step % 50 == 0 or step == options.steps:
             answers = answer_questions(lm, held_out, template, reasoning_tokens=0, micro_batch=32)
             curve.append(
                 (step * options.batch, float(answers.correct.mean()), float(np.mean(losses[-50:] or [np.nan])))
             )
+            asked = np.array([question.target for question in held_out])
+            by_target = {name: float(answers.correct[asked == name].mean()) for name in targets}
             seconds = time.perf_counter() - started
             print(
-                f"{curve[-1][0]:6d} questions: {curve[-1][1]:.3f} right, loss {curve[-1][2]:.3f}, {seconds:.0f} s",
+                f"{curve[-1][0]:6d} questions: {curve[-1][1]:.3f} right, loss {curve[-1][2]:.3f}, {seconds:.0f} s"
+                + "".join(f", {name} {right:.2f}" for name, right in by_target.items() if len(targets) > 1),
                 flush=True,
             )
         if step == options.steps:
@@ -129,20 +136,22 @@ def main() -> int:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    best, chance = sanity.best_accuracy(options.target), 1 / len(sanity.LEVELS[options.target])
-    print(f"chance {chance:.3f}, best {best:.3f}")
+    best = {name: sanity.best_accuracy(name) for name in targets}
+    chance = {name: 1 / len(sanity.LEVELS[name]) for name in targets}
+    for name, right in by_target.items():
+        print(f"{name}: {right:.3f}, chance {chance[name]:.3f}, best {best[name]:.3f}")
     payload = {
         "command": " ".join(["python", *sys.argv]),
-        "target": options.target,
-        "chance": chance,
-        "best": best,
+        "features": {
+            name: {"accuracy": right, "chance": chance[name], "best": best[name]} for name, right in by_target.items()
+        },
         "trained_values": sum(parameter.numel() for parameter in parameters),
         "dtype": str(lm.dtype),
         "curve": [
             {"questions": n, "accuracy": right, "loss": None if np.isnan(loss) else loss} for n, right, loss in curve
         ],
     }
-    setting = [options.target, options.loss.replace("-", "_"), options.strategy, options.start]
+    setting = [options.target.replace(",", "-"), options.loss.replace("-", "_"), options.strategy, options.start]
     setting += ["sorted"] if options.order == "sorted" else []
     setting += [f"entropy_{options.entropy_bonus:g}"] if options.entropy_bonus else []
     print(record("_".join(["relation", *setting]), payload))

@@ -33,7 +33,7 @@ from ..common.dictionary import dump_dictionary
 from ..common.errors import RunFolderError, WardroundError
 from ..common.files import private_folder, write_atomic
 from ..common.supervisor import end_with_parent, read_status
-from .audit import small_model
+from . import small_model
 from .federation import divide, load_registry
 from .partition import site_names
 

@@ -35,11 +35,12 @@ from ...common.question import PromptTemplate, Question, load_prompt
 from ...common.schema import derive_schema
 from ...common.seeds import derive_rng, derive_seed
 from ...common.statistics import wilson
+from .. import small_model
 from ..federation import load_registry
-from . import inversion, membership, page, small_model
+from ..small_model import SMALL
+from . import inversion, membership, page
 from .bound import CONFIDENCE, one_run, permitted_auc
 from .canaries import AuditedEngine, Canaries, WithCanaries, observe
-from .small_model import SMALL
 
 PARTS = ("one-run", "membership", "inversion")
 Say = Callable[[str], None]
@@ -174,9 +175,8 @@ def prepare(config: RunConfig, out: Path, settings: Settings) -> Case:
     rows = rng.permutation(len(next(iter(registry.values.values()))))
     questions = builder.build(rows, rng)
     if config.model.id == SMALL:
-        texts = [question.text for question in questions]
-        words = [template.system, template.forced, "system\n", "user\n", "assistant\n"] * 100
-        small_model.make(out / SMALL, [*texts, *words], seed=derive_seed(config.seed, "audit small model") % 2**32)
+        texts = small_model.texts_of(template, questions)
+        small_model.make(out / SMALL, texts, seed=derive_seed(config.seed, "audit small model") % 2**32)
         config = config.model_copy(update={"model": config.model.model_copy(update={"id": str(out / SMALL)})})
     return Case(config, settings, registry, template, builder, questions)
 

@@ -52,15 +52,18 @@ def _print_sanity(result: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("feature", "n", "warmed up", "final", "95 %", "chance", "best", "of the way", "")
+    table = Table("feature", "n", "before", "final, %", "95 %", "chance", "best", "of the way", "", padding=(0, 0))
     for name, f in result["features"].items():
         low, high = f["ci95"]
-        share = "independent" if f["share"] is None else f"{f['share']:.2f}"
+        share = "–" if f["share"] is None else f"{f['share']:.2f}"
         numbers = (f"{100 * value:.1f}" for value in (f["warmup"], f["accuracy"]))
         verdict = "ok" if f["passed"] else "short"
         bounds = f"{100 * low:.1f} to {100 * high:.1f}", f"{100 * f['chance']:.1f}", f"{100 * f['best']:.1f}"
         table.add_row(name, str(f["n"]), *numbers, *bounds, share, verdict)
     Console(soft_wrap=True).print(table)
+    click.echo(
+        f"of the way: from chance to the best answer; {result['needed_share']:g} is asked. –: depends on nothing"
+    )
 
 
 @experiment.command(

@@ -10,7 +10,8 @@ that depend on nothing no answer is better than chance, and a model that is has 
     signal_c, signal_d ─► reading_cd    the pair's own level with probability 0.75, else another
     noise_e, noise_f           nothing
 
-The public warm-up teaches none of it: it has other words, and copying helps with `reading_a` alone.
+The public warm-up teaches none of it: it has other words, and copying helps with `reading_a` alone. The shipped config
+trains a small random model, which must learn the words as well; `sanity-smollm2` the real one.
 """
 
 from __future__ import annotations
@@ -25,12 +26,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ...client.questions import QuestionBuilder
 from ...common.config import RunConfig
+from ...common.counts import count
 from ...common.dictionary import Dictionary, Feature, dump_dictionary
 from ...common.files import write_atomic
+from ...common.question import load_prompt
+from ...common.schema import derive_schema
 from ...common.seeds import derive_seed
 from ...server.tracking import Progress
-from ..federation import simulate
+from .. import small_model
+from ..federation import load_registry, simulate
 
 N_PATIENTS = 12_000
 NEEDED_SHARE = 0.8  # of the way from chance to the best answer, by every feature that depends on something
@@ -152,6 +158,14 @@ def compare(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     return {"features": features, "needed_share": NEEDED_SHARE, "passed": all(f["passed"] for f in features.values())}
 
 
+def _texts(config: RunConfig) -> list[str]:
+    """Questions about the first rows, for the small model's words: every level and label is among them."""
+    registry, template = load_registry(config), load_prompt(config.model.prompt)
+    schema = derive_schema(count(registry.values, registry.dictionary), registry.dictionary, config.questions)
+    builder = QuestionBuilder(registry, schema, template, config.questions)
+    return small_model.texts_of(template, builder.build(np.arange(300), np.random.default_rng(0)))
+
+
 def run(
     config: RunConfig,
     out: Path,
@@ -178,6 +192,11 @@ def run(
     write_atomic(folder / "dictionary.toml", dump_dictionary(dictionary).encode(), mode=0o644)
     source = {"registry": str(folder / "table.parquet"), "dictionary": str(folder / "dictionary.toml")}
     settings = config.model_copy(update={"simulation": config.simulation.model_copy(update=source)})
+    if config.model.id == small_model.SMALL:
+        made = small_model.make(
+            out / small_model.SMALL, _texts(settings), seed=derive_seed(config.seed, "sanity model")
+        )
+        settings = settings.model_copy(update={"model": config.model.model_copy(update={"id": str(made)})})
     result = compare(simulated(settings, out / "run", resume=resume, progress=progress))
     write_atomic(out / "sanity.json", (json.dumps(result, indent=1) + "\n").encode(), mode=0o644)
     return result

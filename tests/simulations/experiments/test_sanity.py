@@ -78,5 +78,12 @@ def test_a_whole_run_on_the_tiny_model_scores_every_feature(tiny_model_path: Pat
     assert (tmp_path / "sanity.json").is_file() and (tmp_path / "run" / "report.html").is_file()
 
 
+def test_federated_training_finds_every_relation_of_the_registry_and_nothing_else(tmp_path: Path) -> None:
+    """The whole product on a small model: secure sums of adapter updates, until its answers are the best there are."""
+    result = sanity.run(load_run(Path("sanity")), tmp_path, resume=False)
+    assert result["passed"], {name: found["share"] for name, found in result["features"].items()}
+    assert all(found["warmup"] < found["chance"] + 0.1 for found in result["features"].values())
+
+
 def test_examples_in_docstrings_hold() -> None:
     assert doctest.testmod(import_module("wardround.simulations.experiments.sanity")).failed == 0

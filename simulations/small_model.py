@@ -1,24 +1,34 @@
-"""A small model of our own: made in a second from a seed, small enough to be trained to memorise on a CPU.
+"""A small model of our own: made in a second from a seed, small enough to be trained for thousands of steps on a CPU.
 
-Run on one machine, by `wardround simulate audit`, and where a deployment is tried out (simulations/deployment.py).
-Enters: texts to make words of, of an open registry. Leaves: a folder
-in Hugging Face's form. A Llama of two layers with random weights: what it answers is worthless, and what it remembers
-of its training questions is not, which is what the audit wants to know. Small models that were trained for long on few
-patients are the worst case for privacy.
+Run on one machine. Enters: texts to make words of, of an open registry. Leaves: a folder in Hugging Face's form. A
+Llama of two layers with random weights, for three users:
+
+- `wardround simulate experiment sanity` trains it until it has learnt what the registry holds;
+- `wardround simulate audit` trains it until it remembers patients: small models that were trained for long on few are
+  the worst case for privacy;
+- `wardround simulate deploy` and `soak` (simulations/deployment.py) need any model, quickly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from ..common.question import PromptTemplate, Question
 
 _TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 VOCABULARY = 2048
-SMALL = "audit-small"  # `model.id` of it in a config
+SMALL = "small"  # `model.id` of it in a config
+
+
+def texts_of(template: PromptTemplate, questions: Sequence[Question]) -> list[str]:
+    """What a model must have words for that is asked such questions: them, and what surrounds every one."""
+    around = [template.system, template.forced, "system\n", "user\n", "assistant\n"] * 100
+    return [*(question.text for question in questions), *around]
 
 
 def make(folder: Path, texts: Iterable[str], *, seed: int, layers: int = 2, hidden: int = 64) -> Path:
