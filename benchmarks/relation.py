@@ -6,8 +6,9 @@ With shuffled options `wardround simulate experiment sanity` does not learn rela
 (docs/results.md). Here nothing is in the way of one: a single process, no federation, no privacy, no validation gate,
 every question about one feature, every line of the record shown, Adam on the trained tensors. If cross-entropy, which
 knows the answer, does not learn it either, the reward is not what stands in the way. With `--order sorted` a letter is
-the same level every time. Prints accuracy on held-out rows every 50 steps and writes
-benchmarks/results/relation_TARGET_LOSS_STRATEGY_START.json. No target of its own: it looks for a cause.
+the same level every time. The reward is scaled by its group, as in training. Prints accuracy on held-out rows every 50
+steps and writes benchmarks/results/relation_TARGET_LOSS_STRATEGY_START.json, with what else was set in its name. No
+target of its own: it looks for a cause.
 """
 
 from __future__ import annotations
@@ -95,7 +96,13 @@ def main() -> int:
     targets = list(sanity.LEVELS) if options.target == "all" else options.target.split(",")
     if not set(targets) <= set(sanity.LEVELS):
         parser.error(f"--target: expected some of {', '.join(sanity.LEVELS)}")
-    config = load_run(Path("sanity"), (f"model.device='{options.device}'", f"questions.option_order='{options.order}'"))
+    if options.entropy_bonus < 0 or (options.entropy_bonus and options.loss != "reward"):
+        parser.error("--entropy-bonus: expected 0 or more, and --loss reward")
+    if options.held_out < 20 * len(targets):
+        parser.error(f"--held-out: expected {20 * len(targets)} or more for so many features")
+    config = load_run(
+        Path("sanity-smollm2"), (f"model.device='{options.device}'", f"questions.option_order='{options.order}'")
+    )
     table, dictionary = sanity.make(ROWS, SEED)
     registry = to_registry("sanity", pa.Table.from_pandas(table, preserve_index=False), dictionary)
     schema = derive_schema(count(registry.values, dictionary), dictionary, config.questions)
@@ -154,6 +161,7 @@ def main() -> int:
     setting = [options.target.replace(",", "-"), options.loss.replace("-", "_"), options.strategy, options.start]
     setting += ["sorted"] if options.order == "sorted" else []
     setting += [f"entropy_{options.entropy_bonus:g}"] if options.entropy_bonus else []
+    setting += [f"rate_{options.rate:g}"] if options.rate != parser.get_default("rate") else []
     print(record("_".join(["relation", *setting]), payload))
     return 0
 

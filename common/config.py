@@ -85,8 +85,8 @@ class QuestionsConfig(Frozen):
     mi_threshold: Annotated[float, Field(gt=0)] = 0.5
     mi_normalisation: Literal["target-entropy", "none"] = "target-entropy"
     option_spacing_sigma: Annotated[float, Field(gt=0)] = 2.0
-    # "sorted": levels in the dictionary's order, numbers rising, so that a letter stands for the same level every time
-    # and a relation between features is one between a line and a letter.
+    # "sorted": levels in the dictionary's order, numbers rising. Where all levels are offered a letter is then the same
+    # one every time, and a relation between features one between a line and a letter. The warm-up shuffles either way.
     option_order: OptionOrder = "shuffled"
     mixture_components: Annotated[int, Field(ge=1, le=8)] = 3
     reasoning_tokens: Annotated[int, Field(ge=0, le=16384)] = 0  # 0: answer-only

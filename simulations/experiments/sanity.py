@@ -187,15 +187,17 @@ def run(
     """
     table, dictionary = make(n_patients, derive_seed(config.seed, "sanity registry"))
     folder = out / "registry"
-    folder.mkdir(parents=True, exist_ok=True)
-    table.to_parquet(folder / "table.parquet", index=False)
-    write_atomic(folder / "dictionary.toml", dump_dictionary(dictionary).encode(), mode=0o644)
+    begun = (out / "run").exists()  # by another config perhaps, which is refused below: nothing is written over
+    if not begun:
+        folder.mkdir(parents=True, exist_ok=True)
+        table.to_parquet(folder / "table.parquet", index=False)
+        write_atomic(folder / "dictionary.toml", dump_dictionary(dictionary).encode(), mode=0o644)
     source = {"registry": str(folder / "table.parquet"), "dictionary": str(folder / "dictionary.toml")}
     settings = config.model_copy(update={"simulation": config.simulation.model_copy(update=source)})
     if config.model.id == small_model.SMALL:
-        made = small_model.make(
-            out / small_model.SMALL, _texts(settings), seed=derive_seed(config.seed, "sanity model")
-        )
+        made = out / small_model.SMALL
+        if not begun:
+            small_model.make(made, _texts(settings), seed=derive_seed(config.seed, "sanity model"))
         settings = settings.model_copy(update={"model": config.model.model_copy(update={"id": str(made)})})
     result = compare(simulated(settings, out / "run", resume=resume, progress=progress))
     write_atomic(out / "sanity.json", (json.dumps(result, indent=1) + "\n").encode(), mode=0o644)

@@ -2,6 +2,7 @@
 
 import math
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -277,17 +278,35 @@ def test_the_entropy_bonus_adds_torchs_entropy_of_the_own_options(scale_rewards:
     assert with_bonus.isfinite().all() and with_bonus[0, 3] == 0
 
 
-def test_the_best_policy_under_the_entropy_bonus_is_the_softmax_of_what_is_probable():
-    probable, bonus = torch.tensor([0.55, 0.3, 0.15], dtype=torch.float64), 0.4
+def best_policy(loss_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Probabilities over three options that minimise a loss of their logarithms."""
     logits = torch.tensor([2.0, -3.0, 0.0], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.SGD([logits], lr=1.0)
-    for _ in range(3000):
-        log_probs = torch.log_softmax(logits, 0).expand(3, 3)
-        loss = (probable * exact_loss(log_probs, torch.arange(3), "none", bonus)).sum()
+    optimizer = torch.optim.SGD([logits], lr=0.3)
+    for _ in range(6000):
         optimizer.zero_grad()
-        loss.backward()
+        loss_of(torch.log_softmax(logits, 0)).backward()
         optimizer.step()
-    torch.testing.assert_close(torch.softmax(logits, 0).detach(), torch.softmax(probable / bonus, 0))
+    return torch.softmax(logits, 0).detach()
+
+
+def test_the_best_policy_under_the_entropy_bonus_is_unsure_and_has_the_order_of_what_is_probable():
+    probable, bonus = torch.tensor([0.55, 0.3, 0.15], dtype=torch.float64), 0.4
+
+    def ours(scale_rewards: str) -> torch.Tensor:
+        def loss(log_probs: torch.Tensor) -> torch.Tensor:
+            each = exact_loss(log_probs.expand(3, 3), torch.arange(3), scale_rewards, bonus)
+            return (probable * each).sum()
+
+        return best_policy(loss)
+
+    def angle(log_probs: torch.Tensor) -> torch.Tensor:
+        p = log_probs.exp()
+        return -(probable * 2 * p.sqrt().asin()).sum() + bonus * (p * log_probs).sum()
+
+    torch.testing.assert_close(ours("none"), torch.softmax(probable / bonus, 0))
+    grouped = ours("group")
+    torch.testing.assert_close(grouped, best_policy(angle), rtol=0, atol=1e-3)  # ADVANTAGE_EPSILON is in ours
+    assert 0.9 > grouped[0] > grouped[1] > grouped[2] > 0.01
 
 
 def test_poisson_draws_have_binomial_counts_and_every_patient_the_same_rate():
