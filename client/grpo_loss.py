@@ -68,10 +68,12 @@ def exact_loss(log_probs: Tensor, truth: Tensor, scale_rewards: str, entropy_bon
 
     Expected reward alone is highest for a policy that is sure of its answer, whatever it knows, and one that is sure
     has no gradient left to learn from (∇p_t vanishes as p_t goes to 0 or 1). `entropy_bonus` · H(p) added to the reward
-    (Williams and Peng 1991) keeps it unsure: without scaling the best policy is p_o ∝ exp(P(o) / bonus), P(o) how
-    probable option o is given what the record shows. Under group scaling what is expected is 2·arcsin√p_t in place of
-    p_t (its gradient is ∇p_t / √(p_t(1 − p_t))). Either way the likeliest option is the policy's likeliest: both rise
-    with p_t, and exchanging two probabilities leaves the entropy as it is.
+    (Williams and Peng 1991) keeps it unsure where it knows nothing. Without scaling the best policy is
+    p_o ∝ exp(P(o) / bonus), P(o) how probable option o is given what the record shows. Under group scaling what is
+    expected is 2·arcsin√p_t in place of p_t (its gradient is ∇p_t / √(p_t(1 − p_t))), which is steep near 1: of two
+    equally probable options the policy stays even, and where one is clearly the likelier it may still become sure.
+    Either way the likeliest option is the policy's likeliest: both rise with p_t, and exchanging two probabilities
+    leaves the entropy as it is.
 
     Args:
         log_probs: (n, most options), with gradient; -inf past a row's own options.

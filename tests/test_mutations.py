@@ -1,4 +1,4 @@
-"""The patches of `make mutants` fit the code: one that does not apply would go unnoticed until somebody runs them all."""
+"""The patches of `make mutants` fit the code: one that does not would go unnoticed until somebody runs them all."""
 
 import shutil
 import subprocess

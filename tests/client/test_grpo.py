@@ -309,6 +309,14 @@ def test_the_best_policy_under_the_entropy_bonus_is_unsure_and_has_the_order_of_
     assert 0.9 > grouped[0] > grouped[1] > grouped[2] > 0.01
 
 
+@pytest.mark.parametrize("scale_rewards", ["none", "group"])
+def test_under_the_entropy_bonus_a_policy_that_knows_nothing_stays_even(scale_rewards: str):
+    def loss(log_probs: torch.Tensor) -> torch.Tensor:
+        return exact_loss(log_probs.expand(3, 3), torch.arange(3), scale_rewards, 0.3).mean()
+
+    torch.testing.assert_close(best_policy(loss), torch.full((3,), 1 / 3, dtype=torch.float64), rtol=0, atol=1e-3)
+
+
 def test_poisson_draws_have_binomial_counts_and_every_patient_the_same_rate():
     draws = Draws(Source(50), 5.0, 4000, np.random.default_rng(0))
     drawn = np.zeros((4000, 50))
