@@ -22,7 +22,7 @@ _TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 VOCABULARY = 2048
-SMALL = "small"  # `model.id` of it in a config
+SMALL = "small-random"  # `model.id` of it in a config
 
 
 def texts_of(template: PromptTemplate, questions: Sequence[Question]) -> list[str]:
