@@ -168,8 +168,12 @@ class FederationConfig(Frozen):
     update_range: Annotated[float, Field(gt=0)] = 1.0  # values of an update outside ± this are clipped
     max_weight: Annotated[int, Field(ge=1)] = 100_000  # of a site, with weighting = "patients"; more patients count so
     validation_questions_per_site: Annotated[int, Field(ge=0)] = 40  # 0: no validation gate
-    rollback_tolerance: Fraction = 0.02  # a round whose validation accuracy falls by more is rolled back
-    patience: Annotated[int, Field(ge=1)] = 5  # rounds without a new best before stopping early
+    rollback_tolerance: Fraction = 0.02  # a round whose accuracy is further below the highest so far is rolled back
+    # The final model. "best": of the round with the highest validation accuracy, the warmed-up one included. "last": of
+    # the last round that was not rolled back. A few hundred questions have a standard error of points; where rounds add
+    # less than that, the highest of them is the luckiest rather than the best (docs/results.md has a case).
+    keep: Literal["best", "last"] = "best"
+    patience: Annotated[int, Field(ge=1)] = 5  # rounds without a new highest accuracy before stopping early
     min_sites: Annotated[int, Field(ge=1)] = 3
     phase_timeout_s: Annotated[float, Field(gt=0)] = 86400.0
 

@@ -352,8 +352,8 @@ def merge_again(run: Submitted) -> list[Path]:
         schema = Schema.from_json(journal.read("schema").values["schema"])
         rounds = Rounds(run.config, consortium, journal, adding, schema.digest(), round_zero)
         state, _ = rounds.restored()
-        evaluation = coordinator.evaluate(schema, round_zero, state.best_model, run.config.federation.rounds)
-        coordinator.finalize(state.best_model, schema, rounds, state, evaluation)
+        evaluation = coordinator.evaluate(schema, round_zero, state.kept_model, run.config.federation.rounds)
+        coordinator.finalize(state.kept_model, schema, rounds, state, evaluation)
     return [run.out / "adapter", run.out / "model"]
 
 

@@ -126,7 +126,8 @@ def write_report(
         reasoning=config.questions.reasoning_tokens > 0,
         result=_result_rows(evaluation),
         result_axis=plots.axis(_result_scale(evaluation)),
-        rounds=[_round_row(record) for record in rounds],
+        rounds=[_round_row(record, config.federation.keep) for record in rounds],
+        keep=config.federation.keep,
         losses=run["losses"],
         learning=_learning_curve(rounds, run, provenance["kept_round"]),
         reward=_reward_curve(rounds),
@@ -257,12 +258,12 @@ def _result_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _round_row(record: Mapping[str, Any]) -> dict[str, Any]:
+def _round_row(record: Mapping[str, Any], keep: str) -> dict[str, Any]:
     if record["rolled_back"]:
         decision = "rolled back"
-    else:  # without a validation of it a round is continued from, whether it is then called the best or not
-        best = record["best_round"] == record["round"] and record["validation_accuracy"] is not None
-        decision = "best so far" if best else "continued"
+    else:  # without a validation of it a round is continued from, whether it is then kept or not
+        kept = record["kept_round"] == record["round"] and record["validation_accuracy"] is not None
+        decision = "best so far" if kept and keep == "best" else "continued"
     return {
         "round": record["round"],
         "sites": record["site_count"],

@@ -1,4 +1,4 @@
-"""The training rounds: train, add the updates up, apply, validate; the best round is kept, one that hurts is undone.
+"""The training rounds: train, add the updates up, apply, validate; one that hurts is undone, one is kept.
 
 Run by the coordinator, between set-up and the end of a run (server/run.py). Enters: sums over sites, of updates with
 their statistics and of validation answers (server/aggregation.py). Leaves: the global adapter of each round. Every step
@@ -25,7 +25,7 @@ from .journal import Journal, round_phase
 from .optimizer import ServerOptimizer
 from .phases import Consortium
 from .tracking import Tracker
-from .validation import NOTHING, Best, Score, accuracy, judge
+from .validation import NOTHING, Kept, Score, accuracy, judge
 
 
 @dataclass(eq=False)
@@ -34,9 +34,9 @@ class State:
 
     model: GlobalModel
     optimizer: ServerOptimizer
-    best: Best
-    best_model: GlobalModel
-    best_optimizer: ServerOptimizer
+    kept: Kept
+    kept_model: GlobalModel
+    kept_optimizer: ServerOptimizer
 
 
 @dataclass(eq=False)
@@ -80,31 +80,31 @@ class Rounds:
         for record in self.finished_records():
             progress.round_done(record, federation.rounds)
         for index in range(done + 1, federation.rounds + 1):
-            if state.best.since >= federation.patience:
-                progress.note(f"stopped after round {index - 1}: {state.best.since} rounds without a better validation")
+            if state.kept.since >= federation.patience:
+                progress.note(f"stopped after round {index - 1}: {state.kept.since} rounds without a better validation")
                 break
             self.before_round()
             state, record = self._round(index, state)
             tracker.add(record)
             progress.round_done(record, federation.rounds)
-            for old in range(1, index):  # resuming needs the newest adapter and the best, no other
-                if old != state.best.round_index:
+            for old in range(1, index):  # resuming needs the newest adapter and the kept, no other
+                if old != state.kept.round_index:
                     self.journal.drop(round_phase(old, "apply"))
         return state
 
     def restored(self) -> tuple[State, int]:
         """The state after the last complete round, and its index; 0 before the first."""
-        best, verdict, done = Best(0, self.baseline()), "best", 0
+        kept, verdict, done = Kept(0, self.baseline()), "kept", 0
         while self.journal.has(round_phase(done + 1, "validate")):
             done += 1
             score = _score(self.journal.read(round_phase(done, "validate")).values["score"])
-            verdict, best = judge(best, done, score, self.config.federation.rollback_tolerance, gate=self.gate)
-        best_model, best_optimizer = self._applied(best.round_index)
+            verdict, kept = judge(kept, done, score, self.config.federation)
+        kept_model, kept_optimizer = self._applied(kept.round_index)
         if verdict == "continued":
             model, optimizer = self._applied(done)
-        else:  # the newest is the best, or was rolled back to it
-            model, optimizer = best_model, best_optimizer
-        return State(model, optimizer, best, best_model, best_optimizer), done
+        else:  # the newest is the one kept, or was rolled back to it
+            model, optimizer = kept_model, kept_optimizer
+        return State(model, optimizer, kept, kept_model, kept_optimizer), done
 
     def _applied(self, index: int) -> tuple[GlobalModel, ServerOptimizer]:
         """Global model and optimizer after a round's server step; round 0 has had none."""
@@ -126,17 +126,16 @@ class Rounds:
         model, optimizer = self._train(index, before)
         name, started = round_phase(index, "validate"), time.monotonic()
         score, about = self._validate(name, index, model)
-        tolerance = self.config.federation.rollback_tolerance
-        verdict, best = judge(before.best, index, score, tolerance, gate=self.gate)
+        verdict, kept = judge(before.kept, index, score, self.config.federation)
         about["seconds"] = time.monotonic() - started
-        record = self._record(index, model, score, verdict, best, about)
+        record = self._record(index, model, score, verdict, kept, about)
         self.journal.write(name, {"score": score, "record": record})
         self.sums.forget(name)
-        if verdict == "best":
-            return State(model, optimizer, best, model, optimizer), record
+        if verdict == "kept":
+            return State(model, optimizer, kept, model, optimizer), record
         if verdict == "continued":
-            return State(model, optimizer, best, before.best_model, before.best_optimizer), record
-        return State(before.best_model, before.best_optimizer, best, before.best_model, before.best_optimizer), record
+            return State(model, optimizer, kept, before.kept_model, before.kept_optimizer), record
+        return State(before.kept_model, before.kept_optimizer, kept, before.kept_model, before.kept_optimizer), record
 
     def _train(self, index: int, before: State) -> tuple[GlobalModel, ServerOptimizer]:
         """Sites train; the sum of their updates is applied. A sum that is lost leaves the model as it was."""
@@ -217,7 +216,7 @@ class Rounds:
         try:
             total = self.sums.total(work)
         except LostSumError as error:
-            if index == 0:  # without a baseline no round could become the best; its sites may still finish the sum
+            if index == 0:  # without a baseline no round could be judged; its sites may still finish the sum
                 raise
             self.consortium.progress.note(f"round {index}: {error}; nothing is known of its validation")
             return NOTHING, {"failures": {"sum": error.code}, "bytes_up": 0, "bytes_down": 0}
@@ -228,7 +227,7 @@ class Rounds:
         return (questions, correct), _about(total)
 
     def _record(
-        self, index: int, model: GlobalModel, score: Score, verdict: str, best: Best, validated: dict[str, Any]
+        self, index: int, model: GlobalModel, score: Score, verdict: str, kept: Kept, validated: dict[str, Any]
     ) -> dict[str, Any]:
         """One line of rounds.jsonl."""
         applied = self.journal.read(round_phase(index, "apply")).values
@@ -247,7 +246,7 @@ class Rounds:
             "validation_accuracy": accuracy(score),
             "validation_questions": score[0],
             "rolled_back": verdict == "rolled-back",
-            "best_round": best.round_index,
+            "kept_round": kept.round_index,
             "failures": {**applied["failures"], **validated["failures"]},
             "model_digest": model.digest,
         }

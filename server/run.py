@@ -188,7 +188,7 @@ class Coordinator:
             dictionary_digest=self.dictionary.digest(),
             sites=len(_rounds_by_site(records)),
             rounds_run=len(records),
-            kept_round=state.best.round_index,
+            kept_round=state.kept.round_index,
             questions_trained=sum(record["questions"] for record in records),
             public=self.dictionary.public,
             simulated=self.split_key is not None,
@@ -271,8 +271,8 @@ class Coordinator:
             "warmup_digest": warmup.digest,
             "baseline": {"accuracy": accuracy(baseline), "questions": baseline[0]},
             "rounds": len(records),
-            "best_round": state.best.round_index,
-            "final_digest": state.best_model.digest,
+            "kept_round": state.kept.round_index,
+            "final_digest": state.kept_model.digest,
             "samples": self.journal.read("evaluate").values["samples"],
         }
         write_atomic(self.out / "run.json", json.dumps(content, indent=1, ensure_ascii=False).encode(), mode=0o644)
@@ -333,7 +333,7 @@ def run_all(
     finally:
         tracker.close()
     sites.latecomers()
-    final = state.best_model
+    final = state.kept_model
     evaluation = run.evaluate(schema, round_zero, final, config.federation.rounds)
     run.finalize(final, schema, rounds, state, evaluation)
     # Once before the sites are asked a last time, for too few that answer must not cost the report; once after.

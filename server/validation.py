@@ -1,4 +1,4 @@
-"""The validation gate: is a round better than the best so far, does it hurt, is it time to stop?
+"""The validation gate: is a round kept as the final model so far, does it hurt, is it time to stop?
 
 Run by the coordinator. Enters: how many validation questions all sites of a sum asked and answered right. Leaves: a
 decision. Test patients are never looked at here. Only sums are known, so where other sites finished than before, the
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+from ..common.config import FederationConfig
 
 Score = tuple[int, int]  # questions, right answers
 NOTHING: Score = (0, 0)
@@ -25,40 +27,47 @@ def accuracy(score: Score) -> float | None:
 
 
 @dataclass(frozen=True)
-class Best:
-    """The best round so far: 0 is the warmed-up adapter. `since`: rounds since accuracy last rose."""
+class Kept:
+    """What would be the final model if the run ended now: 0 is the warmed-up adapter.
+
+    `highest`: the score of the highest accuracy so far, which rounds are measured against; with `keep = "best"` it is
+    that of the round kept. `since`: rounds since it last rose.
+    """
 
     round_index: int
-    score: Score
+    highest: Score
     since: int = 0
 
 
-Verdict = Literal["best", "continued", "rolled-back"]
+Verdict = Literal["kept", "continued", "rolled-back"]
 
 
-def judge(best: Best, round_index: int, score: Score, tolerance: float, *, gate: bool = True) -> tuple[Verdict, Best]:
-    """What becomes of a round, and the best after it.
+def judge(kept: Kept, round_index: int, score: Score, federation: FederationConfig) -> tuple[Verdict, Kept]:
+    """What becomes of a round, and what is kept after it.
 
-    As good as the best counts as best: of two rounds that answer equally many questions the one trained longer is.
-    Only a rise resets `since`, so a run that only ties ends by `federation.patience`. Where nothing is known of a round
-    (too few sites finished the sum), training goes on from it, and the best stays.
+    With `keep = "best"` a round is kept that is as good as the best: of two rounds that answer equally many questions
+    the one trained longer is. With `keep = "last"` every round is kept that need not be undone. Either way a fall is
+    measured from the highest accuracy, not from the round before, or many small falls would add up to a large one that
+    nothing stops. Only a rise resets `since`, so a run that only ties ends by `federation.patience`. Where nothing is
+    known of a round (too few sites finished the sum), training goes on from it, and what was kept stays. Without
+    validation every round is kept.
 
     Args:
-        best: before this round.
+        kept: before this round.
         round_index: of this round, from 1.
         score: of this round.
-        tolerance: how far below the best a round may fall (as a share) without being rolled back.
-        gate: off, every round counts as best.
+        federation: `rollback_tolerance` (how far below the highest accuracy a round may fall, as a share, without being
+            rolled back), `keep`, and whether there is validation at all.
     """
-    if not gate:
-        return "best", Best(round_index, score)
-    before, now = accuracy(best.score), accuracy(score)
-    after = Best(best.round_index, best.score, best.since + 1)
+    if federation.validation_questions_per_site == 0:
+        return "kept", Kept(round_index, score)
+    before, now = accuracy(kept.highest), accuracy(score)
     if before is None or now is None:
-        return "continued", after
-    if now > before:
-        return "best", Best(round_index, score)
-    if now == before:
-        return "best", Best(round_index, score, best.since + 1)
+        return "continued", Kept(kept.round_index, kept.highest, kept.since + 1)
+    highest, since = (score, 0) if now > before else (kept.highest, kept.since + 1)
     # The slack keeps 0.50 − 0.48 from counting as more than 0.02.
-    return ("rolled-back" if before - now > tolerance + 1e-9 else "continued"), after
+    if before - now > federation.rollback_tolerance + 1e-9:
+        return "rolled-back", Kept(kept.round_index, highest, since)
+    if now >= before or federation.keep == "last":
+        return "kept", Kept(round_index, highest, since)
+    return "continued", Kept(kept.round_index, highest, since)

@@ -81,7 +81,7 @@ def case(
                 "validation_accuracy": 0.40 if rolled_back else 0.48 - 0.049 * 0.7**index,
                 "validation_questions": 160,
                 "rolled_back": rolled_back,
-                "best_round": best,
+                "kept_round": best,
                 "failures": {"hospital-3" + text: "silent"} if index == 2 else {},
                 "model_digest": "a" * 64,
             }

@@ -168,7 +168,7 @@ def test_a_run_without_gate_reward_or_samples_has_a_page(tmp_path: Path) -> None
 
 def test_a_run_whose_final_model_is_round_0_calls_no_round_kept_or_best(tmp_path: Path) -> None:
     values = case(rounds=2)
-    rounds = [{**record, "best_round": 0, "rolled_back": record["round"] == 1} for record in values["rounds"]]
+    rounds = [{**record, "kept_round": 0, "rolled_back": record["round"] == 1} for record in values["rounds"]]
     facts = {**values["provenance"], "kept_round": 0}
     path = write_report(tmp_path / "report.html", **{**values, "rounds": rounds, "provenance": facts})
     shown = Page(path.read_text()).text()

@@ -97,15 +97,26 @@ def test_a_round_that_hurts_is_undone_and_the_next_starts_from_the_best(tmp_path
     sites = Sites(names=names_of(3), correct=lambda _, index: accuracies[index])
     state = go(tmp_path, sites, config())
     assert [line["rolled_back"] for line in lines(tmp_path)] == [False, True, False]
-    assert [line["best_round"] for line in lines(tmp_path)] == [1, 1, 3]
+    assert [line["kept_round"] for line in lines(tmp_path)] == [1, 1, 3]
     # Round 1 ends at 2; round 2 is undone; round 3 adds a tenth of 2 and the mean of 3, 6, 9.
-    assert state.best_model.trainable == pytest.approx([2 + 0.2 + 6] * 3, abs=CLOSE)
+    assert state.kept_model.trainable == pytest.approx([2 + 0.2 + 6] * 3, abs=CLOSE)
 
 
 def test_the_warmed_up_model_stays_when_no_round_is_as_good(tmp_path: Path):
     state = go(tmp_path, Sites(names=names_of(3), correct=lambda _, index: 50 - 10 * index), config())
-    assert state.best.round_index == 0
-    assert state.best_model.digest == ROUND_ZERO.digest
+    assert state.kept.round_index == 0
+    assert state.kept_model.digest == ROUND_ZERO.digest
+
+
+def test_the_last_round_is_final_where_it_is_asked_for_and_a_collapse_is_still_undone(tmp_path: Path):
+    accuracies = {0: 50, 1: 60, 2: 40, 3: 59}
+    sites = Sites(names=names_of(3), correct=lambda _, index: accuracies[index])
+    state = go(tmp_path, sites, config(keep="last"))
+    assert [line["rolled_back"] for line in lines(tmp_path)] == [False, True, False]
+    assert [line["kept_round"] for line in lines(tmp_path)] == [1, 1, 3]
+    assert state.kept_model.trainable == pytest.approx([2 + 0.2 + 6] * 3, abs=CLOSE)
+    again = go(tmp_path, sites, config(keep="last"), resume=True)
+    assert again.kept_model.digest == state.kept_model.digest
 
 
 def test_a_run_that_does_not_rise_stops_early(tmp_path: Path):
@@ -117,7 +128,7 @@ def test_a_run_that_does_not_rise_stops_early(tmp_path: Path):
 def test_without_validation_the_last_round_is_final(tmp_path: Path):
     sites = three()
     state = go(tmp_path, sites, config(rounds=2, validation_questions_per_site=0))
-    assert state.best.round_index == 2
+    assert state.kept.round_index == 2
     assert not any("Validate" in kind for _, kind in sites.asked)
 
 
@@ -172,10 +183,10 @@ def test_a_lost_validation_keeps_the_round_and_the_best(tmp_path: Path):
     twists: dict[Any, Any] = {(name, "Validate/Unmask", 2): failing("silent") for name in ("site-01", "site-03")}
     state = go(tmp_path, Sites(correct=lambda _, index: accuracies[index], twists=twists), config())
     assert [line["validation_accuracy"] for line in lines(tmp_path)] == [0.6, None, 0.59]
-    assert [line["best_round"] for line in lines(tmp_path)] == [1, 1, 1]
+    assert [line["kept_round"] for line in lines(tmp_path)] == [1, 1, 1]
     assert [line["rolled_back"] for line in lines(tmp_path)] == [False, False, False]
     assert lines(tmp_path)[1]["failures"] == {"sum": "threshold"}
-    assert state.best_model.trainable == pytest.approx([3] * 3, abs=CLOSE)
+    assert state.kept_model.trainable == pytest.approx([3] * 3, abs=CLOSE)
 
 
 def test_a_lost_baseline_stops_the_run_until_the_same_sites_finish_it(tmp_path: Path):
@@ -184,7 +195,7 @@ def test_a_lost_baseline_stops_the_run_until_the_same_sites_finish_it(tmp_path: 
         go(tmp_path, sites, config(rounds=1))
     sites.twists.clear()
     go(tmp_path, sites, config(rounds=1), resume=True)
-    assert lines(tmp_path)[0]["best_round"] == 1
+    assert lines(tmp_path)[0]["kept_round"] == 1
 
 
 @pytest.mark.parametrize(
@@ -283,8 +294,8 @@ def test_a_run_stopped_at_any_message_resumes_to_the_same_bits(tmp_path: Path, o
             go(out, sites, run)
         sites.stop_after = 10**9
         state = go(out, sites, run, resume=True)
-        assert state.best_model.full.tobytes() == expected.best_model.full.tobytes()
-        assert (state.best.round_index, state.best.since) == (expected.best.round_index, expected.best.since)
+        assert state.kept_model.full.tobytes() == expected.kept_model.full.tobytes()
+        assert (state.kept.round_index, state.kept.since) == (expected.kept.round_index, expected.kept.since)
         timed = ("seconds", "seconds_train", "bytes_up", "bytes_down")  # of one process
         untimed = [
             [{k: v for k, v in line.items() if k not in timed} for line in lines(folder)]

@@ -1,7 +1,11 @@
-"""The validation gate: which round is the best, which is continued from, which is undone."""
+"""The validation gate: which round is kept, which is continued from, which is undone."""
 
 import pytest
-from wardround.server.validation import NOTHING, Best, accuracy, judge
+from wardround.common.config import FederationConfig
+from wardround.server.validation import NOTHING, Kept, accuracy, judge
+
+BEST = FederationConfig(rollback_tolerance=0.02)
+LAST = FederationConfig(rollback_tolerance=0.02, keep="last")
 
 
 def score(correct: int, questions: int = 100) -> tuple[int, int]:
@@ -9,32 +13,61 @@ def score(correct: int, questions: int = 100) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("correct", "verdict", "best_round", "since"),
+    ("correct", "verdict", "kept_round", "since"),
     [
-        (61, "best", 3, 0),
-        (60, "best", 3, 2),  # a tie keeps the later round, but is no progress
+        (61, "kept", 3, 0),
+        (60, "kept", 3, 2),  # a tie keeps the later round, but is no progress
         (59, "continued", 1, 2),
         (58, "continued", 1, 2),  # exactly the tolerance below
         (57, "rolled-back", 1, 2),
     ],
 )
-def test_a_round_is_judged_by_its_distance_to_the_best(correct: int, verdict: str, best_round: int, since: int):
-    got, best = judge(Best(1, score(60), since=1), 3, score(correct), tolerance=0.02)
-    assert (got, best.round_index, best.since) == (verdict, best_round, since)
+def test_a_round_is_judged_by_its_distance_to_the_best(correct: int, verdict: str, kept_round: int, since: int):
+    got, kept = judge(Kept(1, score(60), since=1), 3, score(correct), BEST)
+    assert (got, kept.round_index, kept.since) == (verdict, kept_round, since)
+    assert kept.highest == score(max(correct, 60))
+
+
+@pytest.mark.parametrize(
+    ("correct", "verdict", "kept_round", "since"),
+    [
+        (61, "kept", 3, 0),
+        (60, "kept", 3, 2),
+        (59, "kept", 3, 2),
+        (58, "kept", 3, 2),  # exactly the tolerance below
+        (57, "rolled-back", 1, 2),
+    ],
+)
+def test_the_last_round_is_kept_unless_it_fell_too_far(correct: int, verdict: str, kept_round: int, since: int):
+    got, kept = judge(Kept(1, score(60), since=1), 3, score(correct), LAST)
+    assert (got, kept.round_index, kept.since) == (verdict, kept_round, since)
+    assert kept.highest == score(max(correct, 60))
+
+
+def test_many_small_falls_are_measured_from_the_highest_round():
+    kept, verdicts = Kept(0, score(50)), list[str]()
+    for index, correct in enumerate((60, 59, 58, 57, 58), start=1):
+        verdict, kept = judge(kept, index, score(correct), LAST)
+        verdicts.append(verdict)
+    assert verdicts == ["kept", "kept", "kept", "rolled-back", "kept"]
+    assert kept == Kept(5, score(60), since=4)
 
 
 def test_sums_over_other_numbers_of_sites_are_compared_by_their_accuracy():
-    best = Best(0, score(120, questions=200))
-    assert judge(best, 1, score(61, questions=100), 0.02)[0] == "best"
-    assert judge(best, 1, score(57, questions=100), 0.02)[0] == "rolled-back"
+    kept = Kept(0, score(120, questions=200))
+    assert judge(kept, 1, score(61, questions=100), BEST)[0] == "kept"
+    assert judge(kept, 1, score(57, questions=100), BEST)[0] == "rolled-back"
 
 
-def test_without_validation_every_round_counts_as_best():
-    verdict, best = judge(Best(0, NOTHING), 1, NOTHING, 0.02, gate=False)
-    assert (verdict, best.round_index, best.since) == ("best", 1, 0)
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_without_validation_every_round_is_kept(keep: str):
+    federation = FederationConfig.model_validate({"validation_questions_per_site": 0, "keep": keep})
+    verdict, kept = judge(Kept(0, NOTHING), 1, NOTHING, federation)
+    assert (verdict, kept.round_index, kept.since) == ("kept", 1, 0)
     assert accuracy(NOTHING) is None
 
 
-def test_a_round_that_nothing_is_known_of_never_becomes_the_best():
-    verdict, best = judge(Best(3, score(180, questions=200), since=1), 4, NOTHING, 0.02)
-    assert (verdict, best.round_index, best.since) == ("continued", 3, 2)
+@pytest.mark.parametrize("federation", [BEST, LAST])
+def test_a_round_that_nothing_is_known_of_is_continued_from_but_not_kept(federation: FederationConfig):
+    verdict, kept = judge(Kept(3, score(180, questions=200), since=1), 4, NOTHING, federation)
+    assert (verdict, kept.round_index, kept.since) == ("continued", 3, 2)
