@@ -253,9 +253,14 @@ def run(
 
 
 def _curve(out: Path, arm: str, seed: int) -> list[tuple[int, float]]:
-    """(questions so far, validation accuracy) after each round of an arm of one run; empty without its folder."""
-    path, asked, curve = out / "runs" / f"{arm}-seed-{seed}-0" / "rounds.jsonl", 0, list[tuple[int, float]]()
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    """(questions so far, validation accuracy) before the first round and after each; empty without the run's folder."""
+    folder, asked, curve = out / "runs" / f"{arm}-seed-{seed}-0", 0, list[tuple[int, float]]()
+    if not (folder / "run.json").is_file():
+        return curve
+    before = json.loads((folder / "run.json").read_text(encoding="utf-8"))["baseline"]["accuracy"]
+    if before is not None:
+        curve.append((0, before))
+    for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         asked += record["questions"]
         if record["validation_accuracy"] is not None:

@@ -178,6 +178,16 @@ def test_a_run_whose_final_model_is_round_0_calls_no_round_kept_or_best(tmp_path
     assert "Final model: round 0." in path.read_text()
 
 
+def test_a_run_that_keeps_the_last_round_calls_none_the_best(tmp_path: Path) -> None:
+    values = case(rounds=2)
+    federation = values["config"].federation.model_copy(update={"keep": "last"})
+    config = values["config"].model_copy(update={"federation": federation})
+    shown = Page(write_report(tmp_path / "report.html", **{**values, "config": config}).read_text()).text()
+    assert "The final model is that of the last round validated and not rolled back: here round 2." in shown
+    assert "best" not in shown
+    assert "continued 13.8 MB" in shown
+
+
 def test_a_run_of_many_rounds_is_drawn_as_a_line(tmp_path: Path) -> None:
     text, page = written(tmp_path, rounds=200)
     assert len(text) < 500_000

@@ -82,6 +82,12 @@ def test_the_experiment_pairs_all_arms_and_goes_on_where_it_stopped(
     assert result["comparisons"]["federated - majority"]["by_seed"] == pytest.approx(both)
     assert len(said) == 2 * (3 + 3 + 3)  # arms, three local ones; base, warmed up, ceiling
     assert not list(tmp_path.glob("runs/*/model"))
+    lines = ElementTree.parse(tmp_path / "federated.svg").getroot().findall("{*}polyline")
+    assert len(lines) == 2 * 3  # seeds; federated, skewed, centralised
+    for line in lines:  # the model before the rounds, at 0 questions, and after the only one
+        points = line.attrib["points"].split()
+        assert len(points) == 2
+        assert points[0].startswith("60.0,")
     said.clear()
     assert federated.run(settings, tmp_path, seeds=[1, 2], say=said.append) == result
     assert said == []
