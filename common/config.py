@@ -170,10 +170,11 @@ class FederationConfig(Frozen):
     validation_questions_per_site: Annotated[int, Field(ge=0)] = 40  # 0: no validation gate
     rollback_tolerance: Fraction = 0.02  # a round whose accuracy is further below the highest so far is rolled back
     # The final model. "best": of the round with the highest validation accuracy, the warmed-up one included. "last": of
-    # the last round that was not rolled back. A few hundred questions have a standard error of points; where rounds add
-    # less than that, the highest of them is the luckiest rather than the best (docs/results.md has a case).
+    # the last round that was validated and not rolled back; for few questions, which cannot tell rounds apart whose
+    # gain is below their standard error. Without validation it is the last round either way.
     keep: Literal["best", "last"] = "best"
-    patience: Annotated[int, Field(ge=1)] = 5  # rounds without a new highest accuracy before stopping early
+    # Rounds without a new highest accuracy before stopping early, also with "last".
+    patience: Annotated[int, Field(ge=1)] = 5
     min_sites: Annotated[int, Field(ge=1)] = 3
     phase_timeout_s: Annotated[float, Field(gt=0)] = 86400.0
 
@@ -186,6 +187,11 @@ class FederationConfig(Frozen):
                 f"max_sites = {self.max_sites}, got {self.min_sites}"
             )
         return self
+
+    @property
+    def validates(self) -> bool:
+        """Whether rounds are validated."""
+        return self.validation_questions_per_site > 0
 
     @property
     def weight_limit(self) -> int:

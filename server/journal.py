@@ -224,6 +224,12 @@ def _difference(before: Mapping[str, Any], config: RunConfig, path: str = "") ->
         old, new, where = pairs.pop(0)
         for key in sorted({*old, *new}):
             name = f"{where}.{key}" if where else key
+            if (key in old) != (key in new) and where != "speed":
+                which = "whose" if key in new else "this one's"
+                return (
+                    f"another version of wardround began the run, {which} config has no '{name}': continue it with "
+                    "that version, or choose another folder for a new run"
+                )
             if isinstance(old.get(key), dict) and isinstance(new.get(key), dict):
                 pairs.append((old[key], new[key], name))
             elif old.get(key) != new.get(key) and not name.startswith("speed."):

@@ -100,7 +100,7 @@ def axis(scale: Scale) -> Markup:
 
 @dataclass(frozen=True, slots=True)
 class RoundPoint:
-    """One round of a line plot; `state` is "", "best" or "rolled-back"."""
+    """One round of a line plot; `state` is "", "final" or "rolled-back"."""
 
     round_index: int
     value: float
@@ -110,7 +110,7 @@ class RoundPoint:
 
 
 def line_plot(points: Sequence[RoundPoint], series: str, summary: str) -> Markup:
-    """A share over rounds, with whiskers where given; rolled-back rounds are crossed out, the best one is ringed.
+    """A share over rounds, with whiskers where given; rolled-back rounds are crossed out, the final one is ringed.
 
     Args:
         points: in order of rounds; at least one.
@@ -150,7 +150,7 @@ def _round_marker(point: RoundPoint, series: str, x: float, y: Callable[[float],
         whisker = f'<line class="whisker {escape(series)}" x1="{x:.2f}%" x2="{x:.2f}%" y1="{y1:.1f}" y2="{y2:.1f}"/>'
     shapes = {
         "rolled-back": '<path class="cross" d="M-5-5 5 5M5-5-5 5"/>',
-        "best": '<circle class="ring" r="8.5"/><circle r="4.5"/>',
+        "final": '<circle class="ring" r="8.5"/><circle r="4.5"/>',
     }
     shape = shapes.get(point.state, '<circle r="4.5"/>')
     tip = f"round {point.round_index}: {100 * point.value:.1f} %"

@@ -287,7 +287,7 @@ def _learning_curve(rounds: Sequence[Mapping[str, Any]], run: Mapping[str, Any],
     for index, share, n, rolled_back in states:
         if share is not None and n > 0:
             low, high = wilson(round(share * n), n)
-            state = "best" if index == final else "rolled-back" if rolled_back else ""
+            state = "final" if index == final else "rolled-back" if rolled_back else ""
             points.append(plots.RoundPoint(index, share, low, high, state))
     if not points:
         return None

@@ -1,4 +1,4 @@
-"""The training rounds: train, add the updates up, apply, validate; one that hurts is undone, one is kept.
+"""The training rounds: train, add the updates up, apply, validate; what hurts is undone, and one round kept as final.
 
 Run by the coordinator, between set-up and the end of a run (server/run.py). Enters: sums over sites, of updates with
 their statistics and of validation answers (server/aggregation.py). Leaves: the global adapter of each round. Every step
@@ -51,11 +51,6 @@ class Rounds:
     round_zero: GlobalModel
     before_round: Callable[[], None] = lambda: None
 
-    @property
-    def gate(self) -> bool:
-        """Whether rounds are validated."""
-        return self.config.federation.validation_questions_per_site > 0
-
     def baseline(self) -> Score:
         """Validation of round 0, before any training on patients.
 
@@ -87,7 +82,7 @@ class Rounds:
             state, record = self._round(index, state)
             tracker.add(record)
             progress.round_done(record, federation.rounds)
-            for old in range(1, index):  # resuming needs the newest adapter and the kept, no other
+            for old in range(1, index):  # resuming needs the newest adapter and the one kept, no other
                 if old != state.kept.round_index:
                     self.journal.drop(round_phase(old, "apply"))
         return state
@@ -200,7 +195,7 @@ class Rounds:
 
     def _validate(self, name: str, index: int, model: GlobalModel) -> tuple[Score, dict[str, Any]]:
         """Questions asked and answered right by all sites together; none when the gate is off, or the sum is lost."""
-        if not self.gate:
+        if not self.config.federation.validates:
             return NOTHING, {"failures": {}, "bytes_up": 0, "bytes_down": 0}
 
         def instruction(attempt: int) -> ValidateInstruction:

@@ -30,8 +30,8 @@ def accuracy(score: Score) -> float | None:
 class Kept:
     """What would be the final model if the run ended now: 0 is the warmed-up adapter.
 
-    `highest`: the score of the highest accuracy so far, which rounds are measured against; with `keep = "best"` it is
-    that of the round kept. `since`: rounds since it last rose.
+    `highest`: the score of the highest accuracy so far, which rounds are measured against. `since`: rounds since it
+    last rose.
     """
 
     round_index: int
@@ -59,15 +59,17 @@ def judge(kept: Kept, round_index: int, score: Score, federation: FederationConf
         federation: `rollback_tolerance` (how far below the highest accuracy a round may fall, as a share, without being
             rolled back), `keep`, and whether there is validation at all.
     """
-    if federation.validation_questions_per_site == 0:
+    if not federation.validates:
         return "kept", Kept(round_index, score)
     before, now = accuracy(kept.highest), accuracy(score)
-    if before is None or now is None:
+    if now is None:
         return "continued", Kept(kept.round_index, kept.highest, kept.since + 1)
-    highest, since = (score, 0) if now > before else (kept.highest, kept.since + 1)
+    if before is None or now > before:
+        return "kept", Kept(round_index, score)
+    highest, since = kept.highest, kept.since + 1
     # The slack keeps 0.50 − 0.48 from counting as more than 0.02.
     if before - now > federation.rollback_tolerance + 1e-9:
         return "rolled-back", Kept(kept.round_index, highest, since)
-    if now >= before or federation.keep == "last":
+    if now == before or federation.keep == "last":
         return "kept", Kept(round_index, highest, since)
     return "continued", Kept(kept.round_index, highest, since)

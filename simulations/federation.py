@@ -257,7 +257,7 @@ def needed_bytes(config: RunConfig, base_bytes: int, manifest: Manifest) -> int:
     """
     full, trainable = 4 * manifest.total_size, 4 * manifest.size
     moments = 4 * trainable if config.federation.server_optimizer == "fedadam" else 0  # two vectors of float64
-    journal = full + 3 * (trainable + moments)  # round 0; the best round, the newest, and one being written
+    journal = full + 3 * (trainable + moments)  # round 0; the round kept, the newest, and one being written
     site = 2 * full + 3 * trainable  # round 0 and the final adapter; two updates, and one being written
     return base_bytes + full + journal + config.simulation.sites * site + 50_000_000  # and tables, reports, logs
 

@@ -1,11 +1,13 @@
 """The journal: a folder belongs to one run and one config; what was written is found again or known to be damaged."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from wardround.common.config import RunConfig, packaged
 from wardround.common.errors import ConfigError, RunFolderError
+from wardround.common.files import read_record, write_record
 from wardround.server.journal import check_disk, check_folder, open_journal, write_rounds
 
 
@@ -62,6 +64,21 @@ def test_resuming_with_another_config_names_the_key(tmp_path: Path, changes: dic
     open_journal(tmp_path, config(), resume=False).close()
     with pytest.raises(RunFolderError, match=said):
         open_journal(tmp_path, config(**changes), resume=True)
+
+
+@pytest.mark.parametrize(("removed", "whose"), [("keep", "whose"), ("rounds_by_moon", "this one's")])
+def test_resuming_a_run_of_another_version_says_so(tmp_path: Path, removed: str, whose: str):
+    open_journal(tmp_path, config(), resume=False).close()
+    path = tmp_path / "journal" / "run.record"
+    values = dict(read_record(path).values)
+    before = json.loads(values["config"])
+    if whose == "whose":
+        del before["federation"][removed]
+    else:
+        before["federation"][removed] = 1
+    write_record(path, {**values, "config": json.dumps(before), "config_digest": "0" * 64})
+    with pytest.raises(RunFolderError, match=f"another version .*{whose} config has no 'federation.{removed}'"):
+        open_journal(tmp_path, config(), resume=True)
 
 
 @pytest.mark.parametrize("resume", [False, True])

@@ -181,11 +181,15 @@ def test_a_run_whose_final_model_is_round_0_calls_no_round_kept_or_best(tmp_path
 def test_a_run_that_keeps_the_last_round_calls_none_the_best(tmp_path: Path) -> None:
     values = case(rounds=2)
     federation = values["config"].federation.model_copy(update={"keep": "last"})
-    config = values["config"].model_copy(update={"federation": federation})
-    shown = Page(write_report(tmp_path / "report.html", **{**values, "config": config}).read_text()).text()
+    values["config"] = values["config"].model_copy(update={"federation": federation})
+    shown = Page(write_report(tmp_path / "report.html", **values).read_text()).text()
     assert "The final model is that of the last round validated and not rolled back: here round 2." in shown
     assert "best" not in shown
     assert "continued 13.8 MB" in shown
+    rounds = [{**record, "kept_round": 0, "rolled_back": True} for record in values["rounds"]]
+    facts = {**values["provenance"], "kept_round": 0}
+    page = write_report(tmp_path / "none.html", **{**values, "rounds": rounds, "provenance": facts})
+    assert "here round 0, for none was." in Page(page.read_text()).text()
 
 
 def test_a_run_of_many_rounds_is_drawn_as_a_line(tmp_path: Path) -> None:

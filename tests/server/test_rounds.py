@@ -109,14 +109,17 @@ def test_the_warmed_up_model_stays_when_no_round_is_as_good(tmp_path: Path):
 
 
 def test_the_last_round_is_final_where_it_is_asked_for_and_a_collapse_is_still_undone(tmp_path: Path):
-    accuracies = {0: 50, 1: 60, 2: 40, 3: 59}
-    sites = Sites(names=names_of(3), correct=lambda _, index: accuracies[index])
-    state = go(tmp_path, sites, config(keep="last"))
-    assert [line["rolled_back"] for line in lines(tmp_path)] == [False, True, False]
-    assert [line["kept_round"] for line in lines(tmp_path)] == [1, 1, 3]
-    assert state.kept_model.trainable == pytest.approx([2 + 0.2 + 6] * 3, abs=CLOSE)
-    again = go(tmp_path, sites, config(keep="last"), resume=True)
-    assert again.kept_model.digest == state.kept_model.digest
+    accuracies = {0: 50, 1: 60, 2: 59, 3: 40, 4: 59}
+    state = go(
+        tmp_path,
+        Sites(names=names_of(3), correct=lambda _, index: accuracies[index]),
+        config(rounds=4, keep="last"),
+    )
+    assert [line["rolled_back"] for line in lines(tmp_path)] == [False, False, True, False]
+    assert [line["kept_round"] for line in lines(tmp_path)] == [1, 2, 2, 4]
+    # Round 1 ends at 2, round 2 adds a tenth of it and the mean of 2, 4, 6; round 4 starts from there, not from the
+    # highest, and adds a tenth and the mean of 4, 8, 12.
+    assert state.kept_model.trainable == pytest.approx([1.1 * (2 + 0.2 + 4) + 8] * 3, abs=CLOSE)
 
 
 def test_a_run_that_does_not_rise_stops_early(tmp_path: Path):
@@ -186,6 +189,13 @@ def test_a_lost_validation_keeps_the_round_and_the_best(tmp_path: Path):
     assert [line["kept_round"] for line in lines(tmp_path)] == [1, 1, 1]
     assert [line["rolled_back"] for line in lines(tmp_path)] == [False, False, False]
     assert lines(tmp_path)[1]["failures"] == {"sum": "threshold"}
+    assert state.kept_model.trainable == pytest.approx([3] * 3, abs=CLOSE)
+
+
+def test_the_last_round_is_not_final_where_its_validation_is_lost(tmp_path: Path):
+    twists: dict[Any, Any] = {(name, "Validate/Unmask", 2): failing("silent") for name in ("site-01", "site-03")}
+    state = go(tmp_path, Sites(twists=twists), config(rounds=2, keep="last"))
+    assert [line["kept_round"] for line in lines(tmp_path)] == [1, 1]
     assert state.kept_model.trainable == pytest.approx([3] * 3, abs=CLOSE)
 
 
@@ -279,10 +289,11 @@ def test_below_quorum_the_run_stops_with_every_name_and_can_be_resumed(tmp_path:
     assert state.model.full.tolist() == go(tmp_path / "again", three(), config()).model.full.tolist()
 
 
+@pytest.mark.parametrize("keep", ["best", "last"])
 @pytest.mark.parametrize("optimizer", ["fedavg", "fedadam"])
-def test_a_run_stopped_at_any_message_resumes_to_the_same_bits(tmp_path: Path, optimizer: str):
+def test_a_run_stopped_at_any_message_resumes_to_the_same_bits(tmp_path: Path, optimizer: str, keep: str):
     accuracies = {0: 50, 1: 60, 2: 59, 3: 40, 4: 61}
-    run = config(rounds=4, server_optimizer=optimizer, server_learning_rate=0.3)
+    run = config(rounds=4, server_optimizer=optimizer, server_learning_rate=0.3, keep=keep)
     whole = Sites(names=names_of(3), correct=lambda _, index: accuracies[index])
     expected = go(tmp_path / "whole", whole, run)
     assert len(whole.asked) == (1 + 2 * 4) * 5 * 3
@@ -304,11 +315,13 @@ def test_a_run_stopped_at_any_message_resumes_to_the_same_bits(tmp_path: Path, o
         assert untimed[0] == untimed[1]
 
 
-def test_only_the_newest_and_the_best_adapter_are_kept_on_disk(tmp_path: Path):
+@pytest.mark.parametrize(("keep", "adapters"), [("best", [1, 4]), ("last", [4])])
+def test_only_the_newest_adapter_and_the_one_kept_are_on_disk(tmp_path: Path, keep: str, adapters: list[int]):
     accuracies = {0: 50, 1: 60, 2: 59, 3: 59, 4: 59}
-    go(tmp_path, Sites(names=names_of(3), correct=lambda _, index: accuracies[index]), config(rounds=4))
-    kept = sorted(path.name for path in (tmp_path / "journal").glob("*-apply.record"))
-    assert kept == ["round-00001-apply.record", "round-00004-apply.record"]
+    sites = Sites(names=names_of(3), correct=lambda _, index: accuracies[index])
+    go(tmp_path, sites, config(rounds=4, keep=keep))
+    found = sorted(path.name for path in (tmp_path / "journal").glob("*-apply.record"))
+    assert found == [f"round-{index:05d}-apply.record" for index in adapters]
     # Nothing of a finished sum is left.
     parts = ("sum", "signed", "attempt")
     assert not [path for part in parts for path in (tmp_path / "journal").glob(f"*-{part}.record")]

@@ -45,11 +45,13 @@ def test_the_last_round_is_kept_unless_it_fell_too_far(correct: int, verdict: st
 
 
 def test_many_small_falls_are_measured_from_the_highest_round():
-    kept, verdicts = Kept(0, score(50)), list[str]()
+    kept, verdicts, rounds = Kept(0, score(50)), list[str](), list[int]()
     for index, correct in enumerate((60, 59, 58, 57, 58), start=1):
         verdict, kept = judge(kept, index, score(correct), LAST)
         verdicts.append(verdict)
+        rounds.append(kept.round_index)
     assert verdicts == ["kept", "kept", "kept", "rolled-back", "kept"]
+    assert rounds == [1, 2, 3, 3, 5]  # what is undone is the round that fell, not those since the highest
     assert kept == Kept(5, score(60), since=4)
 
 
@@ -65,6 +67,12 @@ def test_without_validation_every_round_is_kept(keep: str):
     verdict, kept = judge(Kept(0, NOTHING), 1, NOTHING, federation)
     assert (verdict, kept.round_index, kept.since) == ("kept", 1, 0)
     assert accuracy(NOTHING) is None
+
+
+@pytest.mark.parametrize("federation", [BEST, LAST])
+def test_a_round_is_kept_where_nothing_is_known_of_those_before(federation: FederationConfig):
+    verdict, kept = judge(Kept(0, NOTHING, since=1), 2, score(40), federation)
+    assert (verdict, kept) == ("kept", Kept(2, score(40)))
 
 
 @pytest.mark.parametrize("federation", [BEST, LAST])

@@ -139,6 +139,15 @@ def test_the_picture_shows_every_arm_and_draws_a_line_for_every_seed() -> None:
     assert "200 questions of test patients, 95 %" in words
 
 
+def test_a_run_without_validation_has_no_curve(tmp_path: Path) -> None:
+    assert federated._curve(tmp_path, "federated", 1) == []  # trained elsewhere, only its answers are here
+    folder = tmp_path / "runs" / "federated-seed-1-0"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"baseline": {"accuracy": None, "questions": 0}}))
+    (folder / "rounds.jsonl").write_text(json.dumps({"questions": 30, "validation_accuracy": None}) + "\n")
+    assert federated._curve(tmp_path, "federated", 1) == []
+
+
 def test_intervals_resample_patients_not_questions() -> None:
     rng = np.random.default_rng(0)
     patients = np.repeat(np.arange(200), 10)
