@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= runs/demo
-ARMS   ?= federated
+ARMS   ?= federated,centralised
 SEEDS  ?= 1
 ASKED  ?= 4
 BIN    := $(VENV)/bin
@@ -62,7 +62,7 @@ soak: $(READY)  ## the same under random kills of its processes, twelve rounds, 
 	rm -rf runs/soak
 	$(BIN)/wardround simulate soak --out runs/soak
 
-learn: $(READY)  ## the setting that learns, against warm-up and majority; hours on 2 cores; it continues where it stopped
+learn: $(READY)  ## the setting that learns, against one place, warm-up and majority; two hours on 2 cores; it continues where it stopped
 	$(BIN)/wardround simulate experiment federated learn --out runs/learn --arms $(ARMS) --seeds $(SEEDS) --questions $(ASKED)
 
 test: $(READY)  ## the tests, without those marked slow
