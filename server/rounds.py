@@ -211,7 +211,7 @@ class Rounds:
         try:
             total = self.sums.total(work)
         except LostSumError as error:
-            if index == 0:  # without a baseline no round could be judged; its sites may still finish the sum
+            if index == 0:  # rounds are measured from the baseline; its sites may still finish the sum
                 raise
             self.consortium.progress.note(f"round {index}: {error}; nothing is known of its validation")
             return NOTHING, {"failures": {"sum": error.code}, "bytes_up": 0, "bytes_down": 0}

@@ -13,33 +13,24 @@ def score(correct: int, questions: int = 100) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("correct", "verdict", "kept_round", "since"),
+    ("correct", "federation", "verdict", "kept_round", "since"),
     [
-        (61, "kept", 3, 0),
-        (60, "kept", 3, 2),  # a tie keeps the later round, but is no progress
-        (59, "continued", 1, 2),
-        (58, "continued", 1, 2),  # exactly the tolerance below
-        (57, "rolled-back", 1, 2),
+        (61, BEST, "kept", 3, 0),
+        (60, BEST, "kept", 3, 2),  # a tie keeps the later round, but is no progress
+        (59, BEST, "continued", 1, 2),
+        (58, BEST, "continued", 1, 2),  # exactly the tolerance below
+        (57, BEST, "rolled-back", 1, 2),
+        (61, LAST, "kept", 3, 0),
+        (60, LAST, "kept", 3, 2),
+        (59, LAST, "kept", 3, 2),
+        (58, LAST, "kept", 3, 2),
+        (57, LAST, "rolled-back", 1, 2),
     ],
 )
-def test_a_round_is_judged_by_its_distance_to_the_best(correct: int, verdict: str, kept_round: int, since: int):
-    got, kept = judge(Kept(1, score(60), since=1), 3, score(correct), BEST)
-    assert (got, kept.round_index, kept.since) == (verdict, kept_round, since)
-    assert kept.highest == score(max(correct, 60))
-
-
-@pytest.mark.parametrize(
-    ("correct", "verdict", "kept_round", "since"),
-    [
-        (61, "kept", 3, 0),
-        (60, "kept", 3, 2),
-        (59, "kept", 3, 2),
-        (58, "kept", 3, 2),  # exactly the tolerance below
-        (57, "rolled-back", 1, 2),
-    ],
-)
-def test_the_last_round_is_kept_unless_it_fell_too_far(correct: int, verdict: str, kept_round: int, since: int):
-    got, kept = judge(Kept(1, score(60), since=1), 3, score(correct), LAST)
+def test_a_round_is_judged_by_its_distance_to_the_highest(
+    correct: int, federation: FederationConfig, verdict: str, kept_round: int, since: int
+):
+    got, kept = judge(Kept(1, score(60), since=1), 3, score(correct), federation)
     assert (got, kept.round_index, kept.since) == (verdict, kept_round, since)
     assert kept.highest == score(max(correct, 60))
 
